@@ -1,0 +1,516 @@
+"""From a prepared data directory to batches: manifest, split, oversampling, transforms, loaders.
+
+    manifest = load_manifest("data")
+    train_rows, val_rows = split_rows(manifest, seed=0)
+    loader = training_loader(manifest, train_rows, size=512, batch_size=8, seed=0, workers=4)
+    for images, masks in loader: ...
+
+Nothing here depends on global random state: the order of an epoch is a function of (seed, epoch),
+the augmentation of an image a function of (seed, epoch, position in the epoch).
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+MANIFEST_VERSION = 1
+IGNORE_INDEX = 255
+BACKGROUND = "background"
+IGNORE_COLOR = (255, 255, 255)
+# Colour-blind safe (Okabe and Ito); further classes take hues in golden-ratio steps.
+COLORS = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]
+
+# ImageNet statistics of RGB in [0, 1]: what every pretrained backbone of torchvision expects.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# Evaluation pads to this multiple, so that batches of few different shapes hold all images.
+PAD_MULTIPLE = 32
+
+
+class DataError(ValueError):
+    """The user's data or a path is wrong: one sentence that names it and the remedy."""
+
+
+def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> None:
+    """Run a script's `main` and exit: 2 and one sentence for `errors`, 130 for Ctrl-C.
+
+    An error raised in a loader worker arrives with the worker's traceback in its text; the sentence
+    is the last line of it.
+    """
+    try:
+        sys.exit(main())
+    except errors as error:
+        sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- manifest ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `prepare_masks.py` wrote, a row an image, as arrays (small to send to workers).
+
+    `classes` and `colors` are indexed by label, so index 0 is the background. `pixels` is
+    (N, classes) int64, `sizes` (N, 2) int64 as height, width. `fingerprint` identifies the masks:
+    the same images, classes and pixel counts give the same one, wherever the files lie.
+    """
+
+    data: Path
+    root: Path
+    classes: list[str]
+    colors: list[tuple[int, int, int]]
+    ids: np.ndarray
+    splits: np.ndarray
+    files: np.ndarray
+    masks: np.ndarray
+    sizes: np.ndarray
+    pixels: np.ndarray
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def keys(self, rows: np.ndarray) -> list[list]:
+        """[split, id] of each row: unique in a manifest, plain types for a checkpoint."""
+        return [[str(self.splits[row]), int(self.ids[row])] for row in rows]
+
+    def rows(self, keys: list[list]) -> np.ndarray:
+        """Rows of `keys`, in their order. Raises DataError for an image the manifest lacks."""
+        row_of = {key: row for row, key in enumerate(zip(self.splits.tolist(), self.ids.tolist()))}
+        missing = [key for key in keys if tuple(key) not in row_of]
+        if missing:
+            raise DataError(
+                f"{self.data / 'manifest.json'} lacks {len(missing)} of the checkpoint's "
+                f"{len(keys)} validation images (first: {missing[0][0]} {missing[0][1]}); give "
+                "the data directory it was trained on with --data"
+            )
+        return np.array([row_of[tuple(key)] for key in keys], dtype=np.int64)
+
+
+def load_manifest(data: str | Path) -> Manifest:
+    """Read `data`/manifest.json. Raises DataError if it is missing, damaged or of another version."""
+    path = Path(data) / "manifest.json"
+    remedy = "run prepare_masks.py --coco-root ROOT --out " + str(data)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["version"]
+    except FileNotFoundError:
+        raise DataError(f"no manifest at {path}: {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {path} ({error!r}): {remedy}") from None
+    if version != MANIFEST_VERSION:
+        raise DataError(
+            f"{path} has format version {version}, these scripts read {MANIFEST_VERSION}: {remedy}"
+        )
+    try:
+        return _manifest_from_json(Path(data), content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): {remedy}") from None
+
+
+def _manifest_from_json(data: Path, content: dict) -> Manifest:
+    images = content["images"]
+    if not images:
+        raise ValueError("it lists no images")
+
+    def column(key, dtype):
+        return np.array([image[key] for image in images], dtype=dtype)
+
+    identity = [content["classes"]]
+    identity += [[image[key] for key in ("split", "id", "mask", "pixels")] for image in images]
+    return Manifest(
+        data=data,
+        root=Path(content["root"]),
+        classes=list(content["classes"]),
+        colors=[tuple(color) for color in content["colors"]],
+        ids=column("id", np.int64),
+        splits=column("split", np.str_),
+        files=column("file", np.str_),
+        masks=column("mask", np.str_),
+        sizes=np.stack([column("height", np.int64), column("width", np.int64)], axis=1),
+        pixels=column("pixels", np.int64).reshape(len(images), len(content["classes"])),
+        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+    )
+
+
+def class_colors(count: int) -> list[tuple[int, int, int]]:
+    """Colours of `count` labels, background first; the same label always gets the same one."""
+    colors = list(COLORS[:count])
+    for label in range(len(colors), count):
+        hue = round(255 * (label * 0.618034 % 1))
+        saturation, value = (230, 160, 110)[label % 3], (255, 200)[label % 2]
+        colors.append(
+            Image.new("HSV", (1, 1), (hue, saturation, value)).convert("RGB").getpixel((0, 0))
+        )
+    return colors
+
+
+def color_mask(mask: np.ndarray, colors: list[tuple[int, int, int]]) -> Image.Image:
+    """RGB picture of an (H, W) uint8 index mask; 255 in the ignore colour."""
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette[: len(colors)] = colors
+    palette[IGNORE_INDEX] = IGNORE_COLOR
+    image = Image.fromarray(mask)
+    image.putpalette(palette.tobytes())
+    return image.convert("RGB")
+
+
+# --- split and oversampling --------------------------------------------------------------------
+
+
+def split_rows(
+    manifest: Manifest, seed: int, val_split: str | None = None, fraction: float = 0.2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the manifest that train and rows that validate: disjoint, together all of them.
+
+    With `val_split` that split validates and the others train. Without, `fraction` of the images,
+    stratified: images are grouped by the rarest class they hold, each group is put in the order of a
+    hash of (seed, split, id), and its first part validates. So the outcome depends on the seed
+    and the images alone, not on their order. Raises DataError if either side would be empty.
+    """
+    if val_split is not None:
+        validates = manifest.splits == val_split
+        if not validates.any() or validates.all():
+            known = ", ".join(sorted(set(manifest.splits.tolist())))
+            raise DataError(
+                f"--val-split {val_split} leaves no image to "
+                f"{'train' if validates.any() else 'validate'} on; {manifest.data} holds the "
+                f"splits: {known}"
+            )
+        return np.flatnonzero(~validates), np.flatnonzero(validates)
+
+    def rank(row: int) -> bytes:
+        text = f"{seed}/{manifest.splits[row]}/{manifest.ids[row]}"
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+    strata = _rarest_class(manifest.pixels)
+    val_rows = []
+    for stratum in np.unique(strata):
+        group = sorted(np.flatnonzero(strata == stratum).tolist(), key=rank)
+        count = round(fraction * len(group))
+        val_rows += group[: max(count, 1) if len(group) > 1 else count]
+    val_rows = np.sort(np.array(val_rows, dtype=np.int64))
+    train_rows = np.setdiff1d(np.arange(len(manifest)), val_rows)
+    if not len(val_rows) or not len(train_rows):
+        raise DataError(f"{manifest.data} holds {len(manifest)} image(s): too few to split")
+    return train_rows, val_rows
+
+
+def _rarest_class(pixels: np.ndarray) -> np.ndarray:
+    """(N,) label of the class, among those an image holds, that the fewest images hold; else 0."""
+    holds = pixels[:, 1:] > 0
+    rarity = np.where(holds, holds.sum(axis=0), len(pixels) + 1)
+    if not rarity.shape[1]:
+        return np.zeros(len(pixels), dtype=np.int64)
+    return np.where(holds.any(axis=1), rarity.argmin(axis=1) + 1, 0)
+
+
+def rare_classes(manifest: Manifest, rows: np.ndarray, threshold: float = 0.05) -> list[str]:
+    """Names of the classes that some, but fewer than `threshold` of the images in `rows` hold."""
+    share = (manifest.pixels[rows] > 0).mean(axis=0)
+    return [name for name, s in zip(manifest.classes[1:], share[1:]) if 0 < s < threshold]
+
+
+def oversample(manifest: Manifest, rows: np.ndarray, rare: list[str], factor: int) -> np.ndarray:
+    """`rows` with those whose image holds a class of `rare` repeated `factor` times."""
+    labels = [manifest.classes.index(name) for name in rare]
+    holds = (manifest.pixels[rows][:, labels] > 0).any(axis=1)
+    return np.repeat(rows, np.where(holds, factor, 1))
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode any image file to RGB.
+
+    COCO annotates the pixels as stored, so EXIF rotation is applied only where the turned image,
+    and not the stored one, has the annotated `size` (height, width). Without `size` it always is.
+    Raises DataError if the file is missing, not an image, or of neither size.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = (
+                ImageOps.exif_transpose(image) if size is None or _size(image) != size else image
+            )
+            if size is not None and _size(turned) != size:
+                raise DataError(
+                    f"{path} is {image.height}x{image.width} (height x width), the annotations say "
+                    f"{size[0]}x{size[1]}: replace the image or run prepare_masks.py again"
+                )
+            return turned.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(
+            f"no image at {path}: the images moved? run prepare_masks.py again with --coco-root"
+        ) from None
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read the image {path} ({error}): replace or remove it") from None
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def read_mask(path: Path, classes: int) -> np.ndarray:
+    """(H, W) uint8 labels. Raises DataError for a label that is neither a class nor 255."""
+    try:
+        with Image.open(path) as image:
+            if image.mode != "L":
+                raise DataError(f"{path} has mode {image.mode}, not L: run prepare_masks.py again")
+            mask = np.array(image)
+    except FileNotFoundError:
+        raise DataError(f"no mask at {path}: run prepare_masks.py again") from None
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(
+            f"cannot read the mask {path} ({error}): run prepare_masks.py again"
+        ) from None
+    wrong = mask[(mask >= classes) & (mask != IGNORE_INDEX)]
+    if wrong.size:
+        raise DataError(
+            f"{path} holds the label {wrong[0]}, which is neither a class (0 to {classes - 1}) "
+            f"nor {IGNORE_INDEX}: run prepare_masks.py again"
+        )
+    return mask
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) uint8 of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) uint8 -> float32 with ImageNet mean 0 and deviation 1, channels last.
+
+    Called on the device: a byte a channel crosses the bus, and the arithmetic is the GPU's.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    # A full() a channel, not torch.tensor(...): that would copy from the host at each call.
+    mean = torch.stack([torch.full((1, 1), 255 * m, device=images.device) for m in MEAN])
+    std = torch.stack([torch.full((1, 1), 255 * s, device=images.device) for s in STD])
+    return (images - mean) / std
+
+
+# --- transforms --------------------------------------------------------------------------------
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, but masks are sampled at pixel centres (nearest-exact).
+
+    The stock transform takes a mask's top-left neighbour ("nearest"), which shifts it against the
+    image by up to half a pixel.
+    """
+
+    def transform(self, inpt, params):
+        """Crop and resize an image with antialiasing, a mask by nearest pixel centre."""
+        if not isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        plain = inpt.as_subclass(torch.Tensor)[None]
+        plain = F.resized_crop(plain, **params, size=self.size, interpolation=nearest)
+        return tv_tensors.wrap(plain[0], like=inpt)
+
+
+def training_transform(size: int) -> v2.Transform:
+    """Joint transform of an image and its mask: crop of bounded aspect, flip, colour jitter."""
+    return v2.Compose(
+        [
+            RandomResizedCrop((size, size), scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3)),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.03),
+        ]
+    )
+
+
+def resized_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the longer side at `size` and the aspect kept."""
+    longer = max(height, width)
+    return max(1, round(height * size / longer)), max(1, round(width * size / longer))
+
+
+def padded_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """`resized_size` rounded up to multiples of `PAD_MULTIPLE`: the shape that the model sees."""
+    h, w = resized_size(height, width, size)
+    return -(-h // PAD_MULTIPLE) * PAD_MULTIPLE, -(-w // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def evaluation_input(image: torch.Tensor, size: int) -> torch.Tensor:
+    """(3, H, W) uint8 -> (3, h, w) uint8: longer side at `size`, padded with the mean colour.
+
+    The padding is right and below, and its logits are cut off before they are compared.
+    """
+    height, width = image.shape[-2:]
+    h, w = resized_size(height, width, size)
+    padded_h, padded_w = padded_size(height, width, size)
+    image = F.resize(image, [h, w], antialias=True)
+    return F.pad(image, [0, 0, padded_w - w, padded_h - h], fill=[round(255 * m) for m in MEAN])
+
+
+# --- datasets and loaders ----------------------------------------------------------------------
+
+
+class TrainingSet(Dataset):
+    """Augmented crops. Keys are (epoch, position, row): everything that the result depends on.
+
+    Item: image (3, size, size) uint8, mask (size, size) uint8.
+    """
+
+    def __init__(self, manifest: Manifest, size: int, seed: int):
+        self.manifest, self.seed = manifest, seed
+        self.transform = training_transform(size)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, position, row = key
+        image, mask = read_pair(self.manifest, row)
+        # transforms.v2 draws from torch's global generator: lend it a state of this image's own.
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(_mix(self.seed, epoch, position))
+        try:
+            image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        finally:
+            torch.set_rng_state(state)
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+
+
+class EvaluationSet(Dataset):
+    """Whole images at evaluation size, masks at native size. Keys are rows of the manifest.
+
+    Item: image (3, h, w) uint8, mask (H, W) uint8, row.
+    """
+
+    def __init__(self, manifest: Manifest, size: int):
+        self.manifest, self.size = manifest, size
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        image, mask = read_pair(self.manifest, row)
+        return evaluation_input(image, self.size), mask, row
+
+
+def read_pair(manifest: Manifest, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image (3, H, W) uint8 and mask (H, W) uint8 of a row, at native size."""
+    height, width = (int(n) for n in manifest.sizes[row])
+    image = read_image(manifest.root / manifest.files[row], (height, width))
+    path = manifest.data / "masks_raw" / manifest.masks[row]
+    mask = read_mask(path, len(manifest.classes))
+    if mask.shape != (height, width):
+        raise DataError(
+            f"{path} is {mask.shape[0]}x{mask.shape[1]}, the manifest says {height}x{width}: "
+            "run prepare_masks.py again"
+        )
+    return to_tensor(image), torch.from_numpy(mask)
+
+
+def _mix(*numbers: int) -> int:
+    """One 64-bit seed out of several numbers, without the correlations of adding them up."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class EpochBatches(Sampler):
+    """Batches of keys for `TrainingSet`: each epoch its own permutation of `rows`.
+
+    The last, incomplete batch is left out, since batch norm cannot use a single image.
+    `set_epoch` chooses the epoch, and the batch to start from when a run is resumed inside one.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Next iteration is of `epoch`, without its first `start` batches."""
+        self.epoch, self.start = epoch, start
+
+    def order(self) -> np.ndarray:
+        """The epoch's rows in its order."""
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        order = self.order().tolist()
+        for batch in range(self.start, len(self)):
+            first = batch * self.batch_size
+            chosen = order[first : first + self.batch_size]
+            yield [(self.epoch, first + i, row) for i, row in enumerate(chosen)]
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size
+
+
+def training_loader(
+    manifest: Manifest, rows: np.ndarray, size: int, batch_size: int, seed: int, workers: int
+) -> DataLoader:
+    """Batches of images (N, 3, size, size) uint8 and masks (N, size, size) uint8."""
+    dataset = TrainingSet(manifest, size, seed)
+    return _loader(dataset, EpochBatches(rows, batch_size, seed), workers)
+
+
+def evaluation_loader(
+    manifest: Manifest, rows: np.ndarray, size: int, batch_size: int, workers: int
+) -> DataLoader:
+    """Batches of images (N, 3, h, w), masks (N, H, W) padded with 255, and rows (a list).
+
+    A batch holds images of one padded shape, so what surrounds an image, and with it its logits,
+    does not depend on the images beside it. Every row comes exactly once.
+    """
+    shapes = {}
+    for row in rows.tolist():
+        shapes.setdefault(padded_size(*manifest.sizes[row].tolist(), size), []).append(row)
+    batches = [
+        group[first : first + batch_size]
+        for _, group in sorted(shapes.items())
+        for first in range(0, len(group), batch_size)
+    ]
+    return _loader(EvaluationSet(manifest, size), batches, workers, _pad_masks)
+
+
+def _pad_masks(items: list) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    images, masks, rows = zip(*items)
+    shape = [len(masks), max(m.shape[0] for m in masks), max(m.shape[1] for m in masks)]
+    padded = torch.full(shape, IGNORE_INDEX, dtype=torch.uint8)
+    for target, mask in zip(padded, masks):
+        target[: mask.shape[0], : mask.shape[1]] = mask
+    return torch.stack(images), padded, list(rows)
+
+
+def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        # Else every new iterator draws from the global generator, which dropout uses.
+        generator=torch.Generator(),
+    )
+
+
+def _start_worker(_: int) -> None:
+    # Signals may reach the whole process group; the parent alone decides what to do about them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def default_workers() -> int:
+    """Loader processes when the user names none: a core each, at most eight."""
+    return min(8, os.cpu_count() or 1)

@@ -1,0 +1,623 @@
+"""COCO instance annotations -> semantic masks for chosen classes.
+
+    python prepare_masks.py --coco-root coco --split train2017 val2017 --out data
+
+Writes data/masks_raw (class indices, mode L), data/masks_colored (RGB, to look at) and, last of all,
+data/manifest.json: its presence means that the masks are complete.
+
+An annotation file is never trusted: whatever it states is checked before pycocotools, which is C,
+gets to see it. What cannot be used is skipped, counted by reason and listed in the manifest.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+from dataset import (
+    BACKGROUND,
+    IGNORE_COLOR,
+    IGNORE_INDEX,
+    MANIFEST_VERSION,
+    DataError,
+    class_colors,
+    color_mask,
+    default_workers,
+    run_command,
+)
+
+CLASSES = ["person", "car", "bus", "dog"]
+PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
+
+# pycocotools walks a polygon's outline at five points a pixel, in 32-bit integers: 1e8 crashes it.
+MAX_COORDINATE = 1e6
+MAX_OUTLINE = 2e6
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+CHUNK = 16
+
+
+class Task(NamedTuple):
+    """What a worker needs for one image. `annotations`: (id, label, iscrowd, segmentation)."""
+
+    index: int
+    image_id: int
+    split: str
+    path: Path
+    file: str
+    mask: str
+    height: int
+    width: int
+    annotations: list[tuple]
+
+
+class Settings(NamedTuple):
+    """What holds for all images. `paint_order`: labels from the back to the front."""
+
+    out: Path
+    colors: list[tuple[int, int, int]]
+    paint_order: list[int]
+    crowd: str
+
+
+class Unusable(ValueError):
+    """An annotation or an image that cannot be used; the text is the reason, without particulars."""
+
+
+# --- segmentations -----------------------------------------------------------------------------
+
+
+def encode(segmentation: object, height: int, width: int) -> dict:
+    """Compressed RLE, as pycocotools has it, of a COCO segmentation: polygons or an RLE of any kind.
+
+    Raises Unusable for all that would crash pycocotools, make it guess, or make it read memory that
+    is not its own (see its rleFrString and rleFrPoly).
+    """
+    if isinstance(segmentation, list):
+        polygons = [_checked_polygon(polygon) for polygon in segmentation]
+        if not polygons:
+            raise Unusable("segmentation is empty")
+        return rle.merge(rle.frPyObjects(polygons, height, width))
+    if not isinstance(segmentation, dict):
+        raise Unusable("segmentation is neither polygons nor RLE")
+    if segmentation.get("size") != [height, width]:
+        raise Unusable("RLE size is not the image's")
+    counts = segmentation.get("counts")
+    counts = _decompressed(counts) if isinstance(counts, str) else _checked_counts(counts)
+    if sum(counts) != height * width:
+        raise Unusable("RLE counts do not sum to the image's pixels")
+    return rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+
+
+def _checked_polygon(polygon: object) -> np.ndarray:
+    if not isinstance(polygon, list):
+        raise Unusable("polygon is not a list")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise Unusable("polygon has fewer than 6 or an odd count of numbers")
+    # A bool is an int and "1" converts to 1.0, so the types are looked at before the values.
+    if not all(type(number) in (int, float) for number in polygon):
+        raise Unusable("polygon holds something other than numbers")
+    if not all(-MAX_COORDINATE <= number <= MAX_COORDINATE for number in polygon):
+        raise Unusable("polygon coordinate is not finite or out of bounds")
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    edges = np.abs(points - np.roll(points, 1, axis=0))
+    if edges.max(axis=1).sum() > MAX_OUTLINE:
+        raise Unusable("polygon outline is out of bounds")
+    return points.ravel()
+
+
+def _checked_counts(counts: object) -> list[int]:
+    if not isinstance(counts, list):
+        raise Unusable("RLE counts are neither a list nor a string")
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise Unusable("RLE counts are not whole numbers from 0 up")
+    return counts
+
+
+def _decompressed(text: str) -> list[int]:
+    """Run lengths of a compressed RLE string: 5 bits a character, low bits first, bit 5 for "more",
+    sign in bit 4 of the last, from the fourth number on the difference to the last but one."""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise Unusable("RLE string is damaged")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    if shift or any(count < 0 for count in counts):
+        raise Unusable("RLE string is damaged")
+    return counts
+
+
+# --- one image ---------------------------------------------------------------------------------
+
+
+def paint(task: Task, settings: Settings) -> tuple[np.ndarray, dict]:
+    """(H, W) uint8 labels of an image, and what the manifest's row says of its annotations.
+
+    A class is painted once, as the union of its instances, from the back of the priority to the
+    front; ignored crowds come first, so that any instance covers them.
+    """
+    count = len(settings.colors)
+    instances, crowds, skipped = [0] * count, [0] * count, defaultdict(list)
+    layers = defaultdict(list)
+    for annotation_id, label, iscrowd, segmentation in task.annotations:
+        try:
+            encoded = encode(segmentation, task.height, task.width)
+        except Unusable as reason:
+            skipped[str(reason)].append(annotation_id)
+            continue
+        (crowds if iscrowd else instances)[label] += 1
+        if not iscrowd or settings.crowd == "class":
+            layers[label].append(encoded)
+        elif settings.crowd == "ignore":
+            layers[IGNORE_INDEX].append(encoded)
+    mask = np.zeros((task.width, task.height), dtype=np.uint8)  # transposed: RLE runs down columns
+    for label in [IGNORE_INDEX, *settings.paint_order]:
+        if label in layers:
+            mask[rle.decode(rle.merge(layers[label])).T.view(bool)] = label
+    return np.ascontiguousarray(mask.T), {
+        "instances": instances,
+        "crowds": crowds,
+        "skipped": dict(skipped),
+    }
+
+
+def check_image_file(task: Task) -> None:
+    """Compare an image's header with the stated size. Raises Unusable where they differ."""
+    try:
+        with Image.open(task.path) as image:
+            sizes = [(image.height, image.width)]
+            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations that swap the sides
+                sizes.append((image.width, image.height))
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
+        raise Unusable("image file is not readable") from None
+    if (task.height, task.width) not in sizes:
+        raise Unusable("image file has another size than the annotations say")
+
+
+def prepare_image(task: Task, settings: Settings) -> dict:
+    """Write one image's masks and return its manifest row, or {"unusable": reason}."""
+    try:
+        check_image_file(task)
+    except Unusable as reason:
+        return {"unusable": str(reason)}
+    mask, annotations = paint(task, settings)
+    counts = np.bincount(mask.ravel(), minlength=256).tolist()
+    for folder, image in (
+        ("masks_raw", Image.fromarray(mask)),
+        ("masks_colored", color_mask(mask, settings.colors)),
+    ):
+        path = settings.out / folder / task.mask
+        try:
+            image.save(path, compress_level=1)
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+    return {
+        "id": task.image_id,
+        "split": task.split,
+        "file": task.file,
+        "mask": task.mask,
+        "height": task.height,
+        "width": task.width,
+        "pixels": counts[: len(settings.colors)],
+        "ignored": counts[IGNORE_INDEX],
+        **annotations,
+    }
+
+
+# --- annotation files --------------------------------------------------------------------------
+
+
+def read_annotations(root: Path, split: str) -> dict:
+    """The parsed instances file of a split. Raises DataError if missing, damaged or of another kind."""
+    path = root / "annotations" / f"instances_{split}.json"
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        known = sorted(p.stem[10:] for p in (root / "annotations").glob("instances_*.json"))
+        remedy = f"splits found: {', '.join(known)}" if known else "check --coco-root"
+        raise DataError(f"no annotation file {path}; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {path} ({error}): download it again") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{path} has no list {key!r}: it is not a COCO instances file")
+    return content
+
+
+def category_labels(content: dict, classes: list[str], path: Path) -> dict[int, int | None]:
+    """Label of each category id, None for categories that were not chosen.
+
+    Raises DataError for a class that the file does not know.
+    """
+    names = {}
+    for category in content["categories"]:
+        if isinstance(category, dict) and type(category.get("id")) is int:
+            names[category["id"]] = category.get("name")
+    known = [name for name in names.values() if isinstance(name, str)]
+    for name in classes[1:]:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(known)}"
+            raise DataError(f"{path} has no category {name!r}; {hint}")
+    return {id_: classes.index(name) if name in classes else None for id_, name in names.items()}
+
+
+def image_folder(root: Path, split: str) -> Path:
+    """ROOT/<split> or ROOT/images/<split>. Raises DataError if neither exists."""
+    for folder in (root / split, root / "images" / split):
+        if folder.is_dir():
+            return folder
+    raise DataError(f"no images of {split}: neither {root / split} nor {root / 'images' / split}")
+
+
+class Skipped:
+    """What could not be used: counted for the report, listed for the manifest, fatal if strict."""
+
+    def __init__(self, strict: bool):
+        self.strict, self.reasons, self.rows = strict, Counter(), []
+
+    def add(self, split: str, image_id: object, annotation_id: object, reason: str) -> None:
+        """Note an annotation, or with `annotation_id` None a whole image. Raises if strict."""
+        self.reasons[reason] += 1
+        names = {"split": split, "image_id": image_id, "annotation_id": annotation_id}
+        self.rows.append({**names, "reason": reason})
+        if self.strict:
+            what = f"image {image_id}"
+            if annotation_id is not None:
+                what = f"annotation {annotation_id} of {what}"
+            raise DataError(f"{split}, {what}: {reason} (--strict)")
+
+
+def index_split(
+    root: Path, split: str, classes: list[str], masks: set[str], skipped: Skipped, first: int
+) -> list[Task]:
+    """The tasks of one split, with the annotations of the chosen classes.
+
+    `masks` holds the mask names taken so far, `first` is the number of the first task.
+    """
+    content = read_annotations(root, split)
+    labels = category_labels(content, classes, root / "annotations" / f"instances_{split}.json")
+    folder = image_folder(root, split)
+    tasks, missing = {}, []
+    for image in content["images"]:
+        image_id = image.get("id") if isinstance(image, dict) else None
+        try:
+            if image_id in tasks:
+                raise Unusable("duplicate image id")
+            task = _image_task(image, root, folder, split, masks, first + len(tasks))
+        except Unusable as reason:
+            skipped.add(split, image_id, None, str(reason))
+            continue
+        tasks[image_id] = task
+        masks.add(task.mask.casefold())
+        if not task.path.is_file():
+            missing.append(task.path)
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(tasks)} images of {split} are missing (first: {missing[0]}): "
+            "download them again or take them out of the annotation file"
+        )
+    _add_annotations(content["annotations"], tasks, labels, split, skipped)
+    return list(tasks.values())
+
+
+def _image_task(
+    image: object, root: Path, folder: Path, split: str, masks: set, index: int
+) -> Task:
+    if not isinstance(image, dict) or type(image.get("id")) is not int:
+        raise Unusable("image without an id")
+    height, width, name = image.get("height"), image.get("width"), image.get("file_name")
+    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
+        raise Unusable("image height or width is not a whole number from 1 up")
+    if height * width > MAX_PIXELS:
+        raise Unusable(f"image has more than {MAX_PIXELS} pixels")
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        raise Unusable("file_name is not a file name")
+    path = folder / name
+    try:
+        real = Path(os.path.realpath(path))
+        mask = Path(name).stem + ".png"
+        too_long = len(os.fsencode(mask)) > 255
+    except (OSError, ValueError):
+        raise Unusable("file_name is not a file name") from None
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).stem or too_long:
+        raise Unusable("file_name is not a file name")
+    inside = (Path(os.path.realpath(base)) for base in (root, folder))
+    if not any(real.is_relative_to(base) for base in inside):
+        raise Unusable("file_name leads out of the root")
+    if mask.casefold() in masks:
+        raise Unusable("another image has the same mask name")
+    file = path.relative_to(root).as_posix()
+    return Task(index, image["id"], split, path, file, mask, height, width, [])
+
+
+def _add_annotations(
+    annotations: list, tasks: dict[int, Task], labels: dict, split: str, skipped: Skipped
+) -> None:
+    """Give each task the annotations of the chosen classes; those of other classes are left out."""
+    seen = set()
+    for annotation in annotations:
+        try:
+            if not isinstance(annotation, dict):
+                raise Unusable("annotation is not an object")
+            annotation_id, image_id = annotation.get("id"), annotation.get("image_id")
+            category_id, iscrowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
+            if type(annotation_id) is not int:
+                raise Unusable("annotation without an id")
+            if annotation_id in seen:
+                raise Unusable("duplicate annotation id")
+            seen.add(annotation_id)
+            if type(image_id) is not int or image_id not in tasks:
+                raise Unusable("annotation of an unknown image")
+            if type(category_id) is not int or category_id not in labels:
+                raise Unusable("category is not in categories")
+            if iscrowd not in (0, 1):
+                raise Unusable("iscrowd is neither 0 nor 1")
+        except Unusable as reason:
+            ids = annotation if isinstance(annotation, dict) else {}
+            skipped.add(split, ids.get("image_id"), ids.get("id", "?"), str(reason))
+            continue
+        label = labels[category_id]
+        if label is not None:
+            row = (annotation_id, label, iscrowd, annotation.get("segmentation"))
+            tasks[image_id].annotations.append(row)
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()  # no orphans after kill -9 of the parent
+
+
+def _prepare_chunk(chunk: list[Task], settings: Settings) -> list[tuple[int, dict]]:
+    return [(task.index, prepare_image(task, settings)) for task in chunk]
+
+
+def start_pool(workers: int) -> ProcessPoolExecutor:
+    """Worker processes. On Linux they fork, which costs neither a second import nor its memory."""
+    method = "fork" if sys.platform == "linux" else None
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool.submit(os.getpid).result()  # starts them now, while this process is small
+    return pool
+
+
+def prepare_images(
+    tasks: list[Task], settings: Settings, workers: int, pool: ProcessPoolExecutor | None
+) -> Iterator[tuple[int, dict]]:
+    """(task index, row) of every task, in the order in which they are done.
+
+    If a worker dies, the images that were under way are done again, one by one, each in a process
+    of its own; the row of the one that kills that too is {"unusable": reason}.
+    """
+    if pool is None:
+        for task in tasks:
+            yield task.index, prepare_image(task, settings)
+        return
+    chunks = (tasks[first : first + CHUNK] for first in range(0, len(tasks), CHUNK))
+    under_way: dict[Future, list[Task]] = {}
+    broken: list[Task] = []
+
+    def submit(chunks: Iterable[list[Task]]) -> None:
+        for chunk in chunks:
+            under_way[pool.submit(_prepare_chunk, chunk, settings)] = chunk
+
+    try:
+        submit(islice(chunks, 3 * workers))
+        while under_way:
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                chunk = under_way.pop(future)
+                try:
+                    yield from future.result()
+                except BrokenProcessPool:
+                    broken += chunk
+            if broken and not under_way:
+                yield from _one_by_one(broken, settings)
+                broken = []
+                pool = start_pool(workers)
+                submit(islice(chunks, 3 * workers))
+            elif not broken:
+                submit(islice(chunks, len(done)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_by_one(tasks: list[Task], settings: Settings) -> Iterator[tuple[int, dict]]:
+    tqdm.write(f"a worker died; its images and others ({len(tasks)}) are done one by one")
+    for task in tasks:
+        with start_pool(1) as pool:
+            try:
+                yield from pool.submit(_prepare_chunk, [task], settings).result()
+            except BrokenProcessPool:
+                yield task.index, {"unusable": "a worker process died on it"}
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Turn COCO instance annotations into semantic masks for chosen classes.",
+        epilog="example: python prepare_masks.py --coco-root coco --split val2017 --out data",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--coco-root", type=Path, required=True, help="holds annotations/ and the images")
+    add("--out", type=Path, default=Path("data"), help="data directory to write")
+    add("--split", nargs="+", default=["val2017"], help="instances_<split>.json to read")
+    add("--classes", nargs="+", default=CLASSES, help="category names; labels 1, 2, ... in order")
+    add(
+        "--priority",
+        nargs="+",
+        default=PRIORITY,
+        help="wins overlaps, first to last; then the rest",
+    )
+    add(
+        "--crowd",
+        choices=["ignore", "class", "background"],
+        default="ignore",
+        help="crowds of the classes become 255, their class, or nothing",
+    )
+    add("--workers", type=int, default=default_workers(), help="processes")
+    add("--strict", action="store_true", help="stop at the first annotation that cannot be used")
+    return parser
+
+
+def checked_classes(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Class names with the background first, and all of them in order of priority.
+
+    Raises DataError for a class named twice, the background, or too many classes.
+    """
+    for flag, names in (("--classes", args.classes), ("--priority", args.priority)):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise DataError(f"{flag} names {twice[0]!r} twice: name each class once")
+    if BACKGROUND in args.classes:
+        raise DataError(f"{BACKGROUND!r} is always label 0: leave it out of --classes")
+    if len(args.classes) >= IGNORE_INDEX:
+        raise DataError(f"{len(args.classes)} classes: at most {IGNORE_INDEX - 1} fit 8-bit masks")
+    unknown = [name for name in args.priority if name not in args.classes]
+    if unknown and args.priority != PRIORITY:
+        raise DataError(f"--priority names {unknown[0]!r}, which --classes does not")
+    first = [name for name in args.priority if name in args.classes]
+    return [BACKGROUND, *args.classes], first + [n for n in args.classes if n not in first]
+
+
+def print_table(rows: list[dict], classes: list[str]) -> None:
+    """Images, instances, crowds, pixels and share of the labelled pixels, a line a class."""
+    table = {key: np.array([row[key] for row in rows]) for key in ("pixels", "instances", "crowds")}
+    pixels = table["pixels"].sum(axis=0)
+    images = ((table["instances"] + table["crowds"]) > 0).sum(axis=0)
+    print(f"{'class':<16}{'images':>9}{'instances':>11}{'crowds':>8}{'pixels':>15}{'share':>9}")
+    for label, name in enumerate(classes):
+        numbers = [
+            images[label],
+            table["instances"][:, label].sum(),
+            table["crowds"][:, label].sum(),
+        ]
+        numbers = [len(rows), "", ""] if label == 0 else numbers
+        share = pixels[label] / max(pixels.sum(), 1)
+        print(
+            f"{name:<16}{numbers[0]:>9}{numbers[1]:>11}{numbers[2]:>8}{pixels[label]:>15}{share:>9.2%}"
+        )
+    ignored = sum(row["ignored"] for row in rows)
+    print(f"{'(ignored)':<16}{sum(row['ignored'] > 0 for row in rows):>9}{'':>19}{ignored:>15}")
+
+
+def write_manifest(out: Path, content: dict) -> None:
+    """Write manifest.json atomically, an image a line."""
+    temporary = out / "manifest.json.tmp"
+    rows = content.pop("images")
+    head = json.dumps(content, indent=1).removesuffix("\n}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(head + ',\n "images": [\n  ')
+            file.write(",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out / "manifest.json")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {out / 'manifest.json'}: {error.strerror}") from None
+
+
+def make_folders(out: Path) -> None:
+    """Make the output folders, and take away an earlier manifest before a mask is touched."""
+    try:
+        for folder in ("masks_raw", "masks_colored"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / "manifest.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Index the annotations, paint the masks, print the table, write the manifest."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give 1 or more")
+    classes, priority = checked_classes(args)
+    root = args.coco_root.resolve()
+    if not root.is_dir():
+        raise DataError(f"no folder {args.coco_root}: give the COCO root with --coco-root")
+    pool = start_pool(args.workers) if args.workers > 1 else None
+    skipped, masks, tasks = Skipped(args.strict), set(), []
+    for split in dict.fromkeys(args.split):
+        tasks += index_split(root, split, classes, masks, skipped, len(tasks))
+
+    make_folders(args.out)
+    paint_order = [classes.index(name) for name in reversed(priority)]
+    settings = Settings(args.out, class_colors(len(classes)), paint_order, args.crowd)
+    rows: list[dict | None] = [None] * len(tasks)
+    results = prepare_images(tasks, settings, args.workers, pool)
+    for index, row in tqdm(results, total=len(tasks), unit="image", disable=None):
+        rows[index] = row
+        task = tasks[index]
+        if "unusable" in row:
+            skipped.add(task.split, task.image_id, None, row["unusable"])
+            rows[index] = None
+        for reason, annotation_ids in row.get("skipped", {}).items():
+            for annotation_id in annotation_ids:
+                skipped.add(task.split, task.image_id, annotation_id, reason)
+    rows = [row for row in rows if row is not None]
+    if not rows:
+        raise DataError(f"no usable image in {root} for {', '.join(args.split)}")
+
+    print_table(rows, classes)
+    for reason, count in skipped.reasons.most_common():
+        print(f"skipped {count}: {reason}", file=sys.stderr)
+    write_manifest(
+        args.out,
+        {
+            "version": MANIFEST_VERSION,
+            "root": str(root),
+            "splits": list(dict.fromkeys(args.split)),
+            "classes": classes,
+            "colors": settings.colors,
+            "ignore_index": IGNORE_INDEX,
+            "ignore_color": IGNORE_COLOR,
+            "priority": priority,
+            "crowd": args.crowd,
+            "skipped": skipped.rows,
+            "images": rows,
+        },
+    )
+    print(f"{len(rows)} masks in {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main, DataError)

@@ -1,0 +1,652 @@
+"""Train U-Net or DeepLabV3 on prepared masks: one hand-written loop, for a GPU or a laptop.
+
+    python train.py --data data --model deeplab --focal --oversample 4
+    python train.py --resume runs/deeplab-focal-oversample4/last.pt
+
+A run directory holds args.json, metrics.jsonl (a line an epoch), last.pt and best.pt (highest
+foreground mIoU). Ctrl-C saves and says how to go on.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset import (
+    DataError,
+    Manifest,
+    default_workers,
+    evaluation_loader,
+    load_manifest,
+    normalize,
+    oversample,
+    rare_classes,
+    read_pair,
+    run_command,
+    split_rows,
+    training_loader,
+)
+from evaluate import evaluate, pick_rows, predict_batches, report, write_json
+from losses import class_weights, total_loss
+from models import (
+    ModelError,
+    amp_dtype,
+    build_model,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+)
+
+WARMUP = 0.03  # share of all steps
+POWER = 0.9
+WEIGHT_DECAY = 0.01
+LOG_EVERY = 20  # steps between two readings of the loss
+LOGGED_IMAGES = 4
+# What a resumed run may change; all the rest decides what the run computes.
+FREE_ARGUMENTS = {
+    "data",
+    "epochs",
+    "workers",
+    "device",
+    "compile",
+    "save_every",
+    "wandb",
+    "out",
+    "resume",
+}
+
+
+@dataclass
+class Progress:
+    """Where a run is. `batch` batches of `epoch` are done; `loss_sum` is theirs, on the device."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+@dataclass
+class Run:
+    """All that the loop works with."""
+
+    args: argparse.Namespace
+    manifest: Manifest
+    val_rows: np.ndarray
+    device: torch.device
+    dtype: torch.dtype | None
+    model: torch.nn.Module
+    forward: Callable
+    weight: torch.Tensor | None
+    rare: list[str]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: DataLoader
+    val_loader: DataLoader
+    progress: Progress
+    wandb: "WandbLog | None" = None
+    signal: int | None = None
+
+    @property
+    def out(self) -> Path:
+        """The run directory."""
+        return Path(self.args.out)
+
+
+# --- the step ----------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, total: int, base: float) -> float:
+    """Linear warm-up, then polynomial decay to 0 at step `total`: a function of the step alone.
+
+    Source: the "poly" policy of Liu et al. 2015 (ParseNet), power 0.9 as in DeepLab.
+    """
+    warmup = max(1, round(WARMUP * total))
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * (1 - (step - warmup) / max(1, total - warmup)) ** POWER
+
+
+def build_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW, fused; biases and batch norm (the one-dimensional parameters) are not decayed."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def train_step(run: Run, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """One step on images (N, 3, H, W) uint8 and masks (N, H, W) uint8, both on the device.
+
+    Returns the loss, on the device: nothing here waits for the GPU.
+    """
+    total = run.args.epochs * len(run.loader)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.progress.step, total, run.args.lr)
+    with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):
+        outputs = run.forward(normalize(images))
+    loss = total_loss(outputs, masks, run.weight, run.args.gamma if run.args.focal else 0.0)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return loss.detach()
+
+
+def train_epoch(run: Run) -> tuple[float, float]:
+    """The rest of the current epoch. Returns its mean loss and images per second.
+
+    Raises DataError where the loss is not finite, SystemExit after a signal, with the run saved.
+    """
+    progress, batches = run.progress, len(run.loader)
+    run.loader.batch_sampler.set_epoch(progress.epoch, start=progress.batch)
+    run.model.train()
+    started, saved, first = time.perf_counter(), time.perf_counter(), progress.batch
+    title = f"epoch {progress.epoch + 1}/{run.args.epochs}"
+    with tqdm(total=batches, initial=first, desc=title, leave=False, disable=None) as bar:
+        for images, masks in run.loader:
+            images = images.to(run.device, non_blocking=True)
+            masks = masks.to(run.device, non_blocking=True)
+            progress.loss_sum += train_step(run, images, masks)
+            progress.step += 1
+            progress.batch += 1
+            bar.update()
+            if progress.batch % LOG_EVERY == 0:
+                bar.set_postfix(loss=f"{mean_loss(run):.4f}")
+            if run.signal is not None:
+                stop_here(run)
+            if time.perf_counter() - saved > 60 * run.args.save_every:
+                save(run, "last.pt")
+                saved = time.perf_counter()
+    loss = mean_loss(run)
+    seconds = time.perf_counter() - started
+    return loss, (batches - first) * run.args.batch_size / max(seconds, 1e-9)
+
+
+def mean_loss(run: Run) -> float:
+    """Mean loss of the epoch so far: the one read from the device. Raises DataError if not finite."""
+    loss = run.progress.loss_sum.item() / run.progress.batch
+    if not math.isfinite(loss):
+        raise DataError(
+            f"the loss became {loss} in epoch {run.progress.epoch + 1}, within the {LOG_EVERY} steps "
+            f"before step {run.progress.step}: lower --lr, or try --amp off; "
+            f"the last good checkpoint is in {run.out}"
+        )
+    return loss
+
+
+# --- saving and resuming -----------------------------------------------------------------------
+
+
+def save(run: Run, name: str) -> None:
+    """Write a checkpoint of the run: tensors and plain types, all that --resume needs."""
+    if run.progress.batch:
+        mean_loss(run)  # never overwrite a good checkpoint with one whose loss is not finite
+    progress = vars(run.progress) | {"loss_sum": float(run.progress.loss_sum)}
+    cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": progress,
+        "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "args": vars(run.args),
+        "classes": run.manifest.classes,
+        "colors": [list(color) for color in run.manifest.colors],
+        "val_ids": run.manifest.keys(run.val_rows),
+        "fingerprint": run.manifest.fingerprint,
+        "class_weights": None if run.weight is None else run.weight.tolist(),
+        "rare": run.rare,
+        "wandb_id": run.wandb.id if run.wandb else None,
+    }
+    save_checkpoint(run.out / name, state)
+
+
+def restore(run: Run, state: dict) -> None:
+    """Put a run where the checkpoint left it, and drop the lines of metrics.jsonl that came later."""
+    if state["fingerprint"] != run.manifest.fingerprint:
+        raise DataError(
+            f"the masks in {run.args.data} are not those that the run began with: "
+            "prepare them as they were, or start a new run"
+        )
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    progress = state["progress"]
+    loss_sum = torch.tensor(progress["loss_sum"], device=run.device)
+    run.progress = Progress(**{**progress, "loss_sum": loss_sum})
+    torch.set_rng_state(state["random"]["cpu"])
+    if run.device.type == "cuda" and state["random"]["cuda"] is not None:
+        torch.cuda.set_rng_state(state["random"]["cuda"], run.device)
+    path = run.out / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _epoch_of(line) <= run.progress.epoch]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _epoch_of(line: str) -> float:
+    with suppress(ValueError):  # a line cut off by a crash belongs to no finished epoch
+        return json.loads(line)["epoch"]
+    return math.inf
+
+
+def stop_here(run: Run) -> None:
+    """Save after a signal and exit as the shell expects, naming the command that goes on."""
+    save(run, "last.pt")
+    name = signal.Signals(run.signal).name
+    print(
+        f"\n{name}: saved. Go on with: python train.py --resume {run.out / 'last.pt'}", flush=True
+    )
+    sys.exit(128 + run.signal)
+
+
+def catch_signals(run: Run) -> None:
+    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
+
+    def note(number: int, _) -> None:
+        run.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+
+
+# --- logging -----------------------------------------------------------------------------------
+
+
+class WandbLog:
+    """Weights & Biases, which can't end a training: at its first failure it says so and goes quiet."""
+
+    def __init__(self, run: Run, run_id: str | None):
+        self.run, self.id = None, run_id
+        self._attempt(lambda: self._start(run))
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the training goes on
+            self.run = None
+            print(f"warning: no more Weights & Biases ({error!r}); metrics.jsonl goes on")
+
+    def _start(self, run: Run) -> None:
+        import wandb  # here, so that --wandb disabled does not need it
+
+        mode = run.args.wandb
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE")
+            if mode is None:
+                logged_in = wandb.login(prompt=False, verify=False)
+                mode = "online" if logged_in else "offline"
+        self.run = wandb.init(
+            project="coco-segmentation",
+            name=run.out.name,
+            id=self.id,
+            resume="allow" if self.id else None,
+            dir=run.out,
+            mode=mode,
+            config={**vars(run.args), "rare_classes": run.rare, "class_weights": _weights(run)},
+            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+        )
+        self.id = self.run.id
+        print(f"Weights & Biases: {self.run.url or f'offline, wandb sync {self.run.dir}/..'}")
+
+    def log(self, run: Run, line: dict, pictures: list[tuple[str, np.ndarray, dict]]) -> None:
+        """Log a line of metrics.jsonl and (caption, image, masks) of a few validation images."""
+        if self.run is None:
+            return
+        best = {"best/foreground_miou": run.progress.best}
+        self._attempt(lambda: self.run.summary.update(best))
+        if self.run is not None:
+            self._attempt(lambda: self._log(line, pictures))
+
+    def _log(self, line: dict, pictures: list) -> None:
+        import wandb
+
+        values = {
+            f"val/iou/{name}": iou for name, iou in line["val_iou"].items() if iou is not None
+        }
+        for key, name in (
+            ("val_miou", "val/miou"),
+            ("val_foreground_miou", "val/foreground_miou"),
+            ("train_loss", "train/loss"),
+            ("lr", "train/lr"),
+            ("images_per_second", "train/images_per_second"),
+            ("epoch", "epoch"),
+        ):
+            if line[key] is not None:
+                values[name] = line[key]
+        values["val/images"] = [wandb.Image(i, masks=m, caption=c) for c, i, m in pictures]
+        self.run.log(values, step=line["step"])
+
+    def finish(self) -> None:
+        """Close the run; waits until an online one is uploaded."""
+        if self.run is not None:
+            self._attempt(self.run.finish)
+
+
+def _weights(run: Run) -> dict[str, float] | None:
+    if run.weight is None:
+        return None
+    return dict(zip(run.manifest.classes, run.weight.tolist()))
+
+
+@torch.inference_mode()
+def validation_pictures(run: Run, matrices: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
+    """(caption, image, masks as wandb.Image takes them) of the same few validation images each time:
+    those that hold most of each class."""
+    rows = []
+    for name in run.manifest.classes[1:]:
+        rows += pick_rows(name, 1, run.val_rows, matrices, run.manifest.classes)
+    rows = np.array(list(dict.fromkeys(rows))[:LOGGED_IMAGES], dtype=np.int64)
+    labels = dict(enumerate(run.manifest.classes)) | {255: "ignored"}
+    loader = evaluation_loader(run.manifest, rows, run.args.size, 1, workers=0)
+    pictures = []
+    for row, prediction, mask in predict_batches(run.model, loader, run.device, run.dtype):
+        image, _ = read_pair(run.manifest, row)
+        masks = {
+            name: {"mask_data": data.cpu().numpy().astype(np.uint8), "class_labels": labels}
+            for name, data in (("prediction", prediction), ("ground_truth", mask))
+        }
+        pictures.append((str(run.manifest.files[row]), image.permute(1, 2, 0).numpy(), masks))
+    return pictures
+
+
+def validate(run: Run, loss: float, images_per_second: float, started: float) -> None:
+    """Evaluate, log, and end the epoch: best.pt where it is the best, last.pt in any case."""
+    matrices = evaluate(run.model, run.val_loader, run.device, run.dtype, "validate")
+    entry = report("", run.manifest.classes, matrices, resamples=0)
+    total = run.args.epochs * len(run.loader)
+    progress = run.progress
+    value = entry["foreground_miou"]
+    better = (-0.5 if value is None else value) > progress.best
+    progress.best = max(progress.best, -0.5 if value is None else value)
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress.loss_sum = torch.zeros((), device=run.device)
+    line = {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "train_loss": loss,
+        "val_iou": entry["iou"],
+        "val_miou": entry["miou"],
+        "val_foreground_miou": value,
+        "lr": learning_rate(progress.step - 1, total, run.args.lr),
+        "images_per_second": images_per_second,
+        "seconds": time.perf_counter() - started,
+    }
+    with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    ious = "  ".join(
+        f"{k} {'-' if v is None else f'{100 * v:.1f}'}" for k, v in entry["iou"].items()
+    )
+    print(
+        f"epoch {progress.epoch}/{run.args.epochs}  loss {loss:.4f}  "
+        f"fg mIoU {100 * (value or 0):.1f}{' *' if better else '  '} {ious}  "
+        f"{images_per_second:.1f} images/s  {line['seconds']:.0f} s",
+        flush=True,
+    )
+    if run.wandb:
+        run.wandb.log(run, line, validation_pictures(run, matrices))
+    if better:
+        save(run, "best.pt")
+    save(run, "last.pt")
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a segmentation network on the masks of prepare_masks.py.",
+        epilog="example: python train.py --data data --model deeplab --focal --oversample 4",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data", help="what prepare_masks.py wrote")
+    data.add_argument("--val-split", metavar="NAME", help="validate on this split, not on a fifth")
+    data.add_argument("--size", type=int, default=512, help="training crop, evaluation's long side")
+    data.add_argument("--oversample", type=int, default=1, metavar="N", help="rare images N times")
+    data.add_argument("--rare", nargs="+", metavar="CLASS", help="instead of those in under 5%%")
+    data.add_argument("--workers", type=int, default=default_workers(), help="loader processes")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=["unet", "deeplab"], help="network (required)")
+    model.add_argument("--width", type=int, default=64, help="first channels of the U-Net")
+    model.add_argument(
+        "--weights",
+        choices=["coco", "imagenet", "none"],
+        help="pretrained start of DeepLab (default: coco for deeplab, none for unet)",
+        default=argparse.SUPPRESS,
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--focal", action="store_true", help="focal loss")
+    loss.add_argument("--gamma", type=float, default=2.0, help="exponent of the focal loss")
+    loss.add_argument("--weighted", action="store_true", help="class weights from pixel counts")
+    loop = parser.add_argument_group("loop")
+    loop.add_argument("--epochs", type=int, default=20, help="passes over the training images")
+    loop.add_argument("--batch-size", type=int, default=8, help="images a step")
+    loop.add_argument(
+        "--lr",
+        type=float,
+        help="highest learning rate (default: 1e-4 from pretrained weights, 1e-3 from scratch)",
+        default=argparse.SUPPRESS,
+    )
+    loop.add_argument(
+        "--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast"
+    )
+    loop.add_argument("--compile", action="store_true", help="torch.compile the training forward")
+    loop.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    loop.add_argument("--seed", type=int, default=0, help="of the split, weights, order, crops")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--out", help="run directory (default: runs/<model and loss>)", default=argparse.SUPPRESS
+    )
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on from this checkpoint, with its arguments; without PATH from last.pt in --out",
+    )
+    run.add_argument(
+        "--save-every", type=float, default=30, metavar="MINUTES", help="write last.pt"
+    )
+    run.add_argument(
+        "--wandb",
+        choices=["auto", "online", "offline", "disabled"],
+        default="auto",
+        help="auto: online with an API key, else offline",
+    )
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """Arguments, complete and checked, and the checkpoint to resume from.
+
+    A resumed run takes its arguments from the checkpoint; what decides its results cannot change.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    state = None
+    if args.resume is not None:
+        path = Path(args.resume or Path(getattr(args, "out", None) or default_out(args), "last.pt"))
+        state = load_checkpoint(path)
+        parser.set_defaults(**{**state["args"], "out": str(path.parent)})
+        args = parser.parse_args(argv)
+        for name, value in state["args"].items():
+            if name not in FREE_ARGUMENTS and getattr(args, name) != value:
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag}: the run in {path} has {value}; --resume cannot change it")
+    else:
+        if args.model is None:
+            parser.error("--model: choose unet or deeplab")
+        pretrained = "coco" if args.model == "deeplab" else "none"
+        args.weights = getattr(args, "weights", pretrained)
+        args.lr = getattr(args, "lr", 1e-3 if args.weights == "none" else 1e-4)
+        args.out = getattr(args, "out", None) or default_out(args)
+    check_args(parser, args)
+    return args, state
+
+
+def default_out(args: argparse.Namespace) -> str:
+    """runs/<model and loss>."""
+    parts = [str(args.model), "weighted" * args.weighted, "focal" * args.focal]
+    parts += [f"oversample{args.oversample}" * (args.oversample > 1)]
+    return str(Path("runs", "-".join(part for part in parts if part)))
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work before any data is touched."""
+    for name, low in (
+        ("size", 32),
+        ("oversample", 1),
+        ("workers", 0),
+        ("width", 1),
+        ("epochs", 1),
+        ("batch_size", 1),
+        ("seed", 0),
+        ("gamma", 0),
+        ("save_every", 0),
+    ):
+        if not getattr(args, name) >= low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {low} or more")
+    if not (0 < args.lr < math.inf):
+        parser.error(f"--lr {args.lr}: give a number above 0")
+    if args.model == "deeplab" and args.batch_size == 1:
+        parser.error("--batch-size 1: DeepLab's batch norm needs 2 or more images")
+    if args.model == "deeplab" and args.width != parser.get_default("width"):
+        parser.error("--width: only the U-Net has one")
+    if args.model == "unet" and args.weights != "none":
+        parser.error(f"--weights {args.weights}: there are none for the U-Net")
+    if args.gamma != 2.0 and not args.focal:
+        parser.error("--gamma: only with --focal")
+    if args.rare and args.oversample == 1:
+        parser.error("--rare: only with --oversample 2 or more")
+
+
+def build_run(args: argparse.Namespace, state: dict | None) -> Run:
+    """Data, model and optimizer of a run; the initial weights are a function of the seed."""
+    device = pick_device(args.device)
+    dtype = amp_dtype(args.amp, device)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or off")
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    torch.backends.cudnn.benchmark = True
+    manifest = load_manifest(args.data)
+    train_rows, val_rows = split_rows(manifest, args.seed, args.val_split)
+    for name in args.rare or []:
+        if name not in manifest.classes[1:]:
+            raise DataError(f"--rare {name}: choose from {', '.join(manifest.classes[1:])}")
+    rare = args.rare or rare_classes(manifest, train_rows)
+    epoch_rows = oversample(manifest, train_rows, rare, args.oversample)
+    if len(epoch_rows) < args.batch_size:
+        raise DataError(
+            f"--batch-size {args.batch_size}: there are {len(epoch_rows)} training images"
+        )
+    weight = None
+    if args.weighted:
+        weight = class_weights(manifest.pixels[train_rows].sum(axis=0)).to(device)
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, manifest.classes, args.width, "none" if state else args.weights)
+    model = model.to(device)
+    run = Run(
+        args=args,
+        manifest=manifest,
+        val_rows=val_rows,
+        device=device,
+        dtype=dtype,
+        model=model,
+        forward=torch.compile(model) if args.compile else model,
+        weight=weight,
+        rare=rare,
+        optimizer=build_optimizer(model, args.lr),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        loader=training_loader(
+            manifest, epoch_rows, args.size, args.batch_size, args.seed, args.workers
+        ),
+        val_loader=evaluation_loader(manifest, val_rows, args.size, args.batch_size, args.workers),
+        progress=Progress(loss_sum=torch.zeros((), device=device)),
+    )
+    describe(run, train_rows)
+    return run
+
+
+def describe(run: Run, train_rows: np.ndarray) -> None:
+    """Print what is about to be trained, on what, and how the pixels are shared."""
+    args, manifest = run.args, run.manifest
+    pixels = manifest.pixels[train_rows].sum(axis=0)
+    shares = ", ".join(f"{n} {s:.2%}" for n, s in zip(manifest.classes, pixels / pixels.sum()))
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    precision = "float32" if run.dtype is None else str(run.dtype).removeprefix("torch.")
+    print(
+        f"{args.model}, {millions:.1f} M parameters, on {run.device} in {precision} -> {args.out}"
+    )
+    print(
+        f"{len(train_rows)} training images, {len(run.val_rows)} validation images; pixels: {shares}"
+    )
+    if args.oversample > 1:
+        epoch = len(run.loader.batch_sampler.rows)
+        print(f"images with {', '.join(run.rare)} {args.oversample} times: {epoch} images an epoch")
+    if run.weight is not None:
+        weights = ", ".join(f"{name} {value:.2f}" for name, value in _weights(run).items())
+        print(f"class weights: {weights}")
+
+
+def open_directory(run: Run, resumed: bool) -> None:
+    """Make the run directory and write args.json. Raises DataError if another run lies there."""
+    if not resumed and (run.out / "last.pt").exists():
+        raise DataError(
+            f"{run.out} holds a run already: continue it with --resume {run.out / 'last.pt'}, "
+            "or choose another --out"
+        )
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            (run.out / "metrics.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {run.out} ({error.strerror}): choose another --out"
+        ) from None
+    write_json(run.out / "args.json", vars(run.args))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, validating after each epoch."""
+    args, state = parse_args(argv)
+    run = build_run(args, state)
+    open_directory(run, resumed=state is not None)
+    if state is not None:
+        restore(run, state)
+    if args.wandb != "disabled":
+        run.wandb = WandbLog(run, state["wandb_id"] if state else None)
+    if run.progress.epoch >= args.epochs:
+        raise DataError(f"{run.out} is done: {args.epochs} epochs; raise --epochs to go on")
+    catch_signals(run)
+    while run.progress.epoch < args.epochs:
+        started = time.perf_counter()
+        loss, images_per_second = train_epoch(run)
+        validate(run, loss, images_per_second, started)
+        if run.signal is not None and run.progress.epoch < args.epochs:
+            stop_here(run)
+    if run.wandb:
+        run.wandb.finish()
+    print(f"best foreground mIoU {100 * max(run.progress.best, 0):.1f}: {run.out / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    run_command(main, DataError, ModelError)
