@@ -341,9 +341,13 @@ def training_transform(size: int) -> v2.Transform:
 
 
 def resized_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the longer side at `size` and the aspect kept."""
-    longer = max(height, width)
-    return max(1, round(height * size / longer)), max(1, round(width * size / longer))
+    """Height and width with the shorter side at `size`, the aspect kept, the longer at most doubled.
+
+    Training crops show a 4:3 image between 0.87 and 1.73 times this scale, so that what is evaluated
+    has sizes that were trained; with the longer side at `size` it would be smaller than any crop.
+    """
+    scale = min(size / min(height, width), 2 * size / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def padded_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -353,7 +357,7 @@ def padded_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def evaluation_input(image: torch.Tensor, size: int) -> torch.Tensor:
-    """(3, H, W) uint8 -> (3, h, w) uint8: longer side at `size`, padded with the mean colour.
+    """(3, H, W) uint8 -> (3, h, w) uint8 of `padded_size`, padded with the mean colour.
 
     The padding is right and below, and its logits are cut off before they are compared.
     """
@@ -505,9 +509,8 @@ def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader
 
 
 def _start_worker(_: int) -> None:
-    # Signals may reach the whole process group; the parent alone decides what to do about them.
+    # Ctrl-C reaches the whole process group; the parent alone decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

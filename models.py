@@ -7,8 +7,6 @@ Every model returns a dict: "out" always, "aux" (DeepLab's auxiliary head) in tr
 """
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -138,6 +136,19 @@ def warm_start(model: DeepLab, classes: list[str], weights: str) -> None:
     model.load_state_dict(state)
 
 
+@torch.no_grad()
+def start_from_prior(model: UNet | DeepLab, prior: torch.Tensor) -> None:
+    """Set the final biases so that an untrained network predicts `prior`, (C,) probabilities.
+
+    Saves the hundreds of steps that a network otherwise takes to learn that most pixels are
+    background (Lin et al. 2017, section 4.1).
+    """
+    heads = [model.classifier, getattr(model, "aux_classifier", None)]
+    for head in filter(None, heads):
+        final = head[-1] if isinstance(head, nn.Sequential) else head
+        final.bias.copy_(prior.clamp_min(1e-4).log())
+
+
 def pretrained_state(weights) -> dict[str, torch.Tensor]:
     """State dict of torchvision weights, from the hub's cache or downloaded into it."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
@@ -145,7 +156,7 @@ def pretrained_state(weights) -> dict[str, torch.Tensor]:
         return weights.get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True
         )
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # no network, no space, or a damaged pickle: that raises anything
         raise ModelError(
             f"cannot load {weights.url} ({error or type(error).__name__}): put the file at {path} "
             "(delete a damaged one), or train from scratch with --weights none"
@@ -226,7 +237,7 @@ def load_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"no checkpoint at {path}") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"cannot read the checkpoint {path} ({reason})") from None
     if not isinstance(state, dict) or "version" not in state or "model" not in state:

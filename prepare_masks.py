@@ -12,7 +12,6 @@ gets to see it. What cannot be used is skipped, counted by reason and listed in 
 import argparse
 import difflib
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -301,7 +300,7 @@ def index_split(
     content = read_annotations(root, split)
     labels = category_labels(content, classes, root / "annotations" / f"instances_{split}.json")
     folder = image_folder(root, split)
-    tasks, missing = {}, []
+    tasks, missing, dropped = {}, [], set()
     for image in content["images"]:
         image_id = image.get("id") if isinstance(image, dict) else None
         try:
@@ -310,6 +309,8 @@ def index_split(
             task = _image_task(image, root, folder, split, masks, first + len(tasks))
         except Unusable as reason:
             skipped.add(split, image_id, None, str(reason))
+            if type(image_id) is int:
+                dropped.add(image_id)
             continue
         tasks[image_id] = task
         masks.add(task.mask.casefold())
@@ -320,7 +321,7 @@ def index_split(
             f"{len(missing)} of the {len(tasks)} images of {split} are missing (first: {missing[0]}): "
             "download them again or take them out of the annotation file"
         )
-    _add_annotations(content["annotations"], tasks, labels, split, skipped)
+    _add_annotations(content["annotations"], tasks, dropped, labels, split, skipped)
     return list(tasks.values())
 
 
@@ -355,9 +356,17 @@ def _image_task(
 
 
 def _add_annotations(
-    annotations: list, tasks: dict[int, Task], labels: dict, split: str, skipped: Skipped
+    annotations: list,
+    tasks: dict[int, Task],
+    dropped: set[int],
+    labels: dict,
+    split: str,
+    skipped: Skipped,
 ) -> None:
-    """Give each task the annotations of the chosen classes; those of other classes are left out."""
+    """Give each task the annotations of the chosen classes; those of other classes are left out.
+
+    The annotations of `dropped` images go with them, without a word each.
+    """
     seen = set()
     for annotation in annotations:
         try:
@@ -371,6 +380,8 @@ def _add_annotations(
                 raise Unusable("duplicate annotation id")
             seen.add(annotation_id)
             if type(image_id) is not int or image_id not in tasks:
+                if type(image_id) is int and image_id in dropped:
+                    continue
                 raise Unusable("annotation of an unknown image")
             if type(category_id) is not int or category_id not in labels:
                 raise Unusable("category is not in categories")

@@ -47,6 +47,7 @@ from models import (
     load_checkpoint,
     pick_device,
     save_checkpoint,
+    start_from_prior,
 )
 
 WARMUP = 0.03  # share of all steps
@@ -331,7 +332,8 @@ class WandbLog:
         ):
             if line[key] is not None:
                 values[name] = line[key]
-        values["val/images"] = [wandb.Image(i, masks=m, caption=c) for c, i, m in pictures]
+        for number, (caption, image, masks) in enumerate(pictures):
+            values[f"examples/{number}"] = wandb.Image(image, masks=masks, caption=caption)
         self.run.log(values, step=line["step"])
 
     def finish(self) -> None:
@@ -420,7 +422,9 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data", help="what prepare_masks.py wrote")
     data.add_argument("--val-split", metavar="NAME", help="validate on this split, not on a fifth")
-    data.add_argument("--size", type=int, default=512, help="training crop, evaluation's long side")
+    data.add_argument(
+        "--size", type=int, default=512, help="training crop, evaluation's short side"
+    )
     data.add_argument("--oversample", type=int, default=1, metavar="N", help="rare images N times")
     data.add_argument("--rare", nargs="+", metavar="CLASS", help="instead of those in under 5%%")
     data.add_argument("--workers", type=int, default=default_workers(), help="loader processes")
@@ -558,11 +562,13 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
         raise DataError(
             f"--batch-size {args.batch_size}: there are {len(epoch_rows)} training images"
         )
-    weight = None
-    if args.weighted:
-        weight = class_weights(manifest.pixels[train_rows].sum(axis=0)).to(device)
+    pixels = manifest.pixels[train_rows].sum(axis=0)
+    weight = class_weights(pixels) if args.weighted else None
     torch.manual_seed(args.seed)
     model = build_model(args.model, manifest.classes, args.width, "none" if state else args.weights)
+    if args.weights != "coco":
+        prior = torch.tensor(pixels) * (1 if weight is None else weight)
+        start_from_prior(model, prior / prior.sum())
     model = model.to(device)
     run = Run(
         args=args,
@@ -572,7 +578,7 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
         dtype=dtype,
         model=model,
         forward=torch.compile(model) if args.compile else model,
-        weight=weight,
+        weight=None if weight is None else weight.to(device),
         rare=rare,
         optimizer=build_optimizer(model, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),

@@ -1,0 +1,120 @@
+"""Does the loop learn? Drive each model with each loss to a high IoU on 16 real images.
+
+    python tests/overfit.py --coco-root ../shared/coco_real --split train2017 --out /tmp/overfit
+
+Cuts a small COCO root out of a real one: of each class the four images with its largest instances,
+since a small network at a small size cannot draw small ones. The validation split holds the same
+images under other names, so that the IoU is that of the images trained on. The random crops are
+replaced by the whole image: this asks whether the loop can fit, not whether it generalises. Not
+part of the test suite: on a CPU it takes an hour.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import dataset
+import evaluate
+import prepare_masks
+import train
+from dataset import load_manifest
+
+LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
+LOSSES["weighted-focal"] = ["--weighted", "--focal"]
+PER_CLASS = 4
+SETTINGS = {  # sized for two CPU cores
+    "unet": ["--size", 64, "--width", 16, "--batch-size", 8, "--lr", 4e-3, "--epochs", 32],
+    "deeplab": ["--size", 64, "--weights", "none", "--batch-size", 4, "--lr", 1e-3, "--epochs", 8],
+}
+
+
+def whole_image(size: int):
+    """Transform of the whole image at evaluation's scale, padded to a square (image 0, mask 255)."""
+
+    def transform(image: tv_tensors.Image, mask: tv_tensors.Mask):
+        side = 3 * size // 2
+        resized = list(dataset.resized_size(*image.shape[-2:], size))
+        image = F.resize(image, resized, antialias=True)
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        mask = F.resize(mask.as_subclass(torch.Tensor)[None], resized, nearest)[0]
+        padding = [0, 0, max(side - resized[1], 0), max(side - resized[0], 0)]
+        image = F.pad(image, padding)[..., :side, :side]
+        mask = F.pad(tv_tensors.Mask(mask), padding, fill=255)[..., :side, :side]
+        return image, mask
+
+    return transform
+
+
+def run(script, *arguments: object) -> None:
+    """Call a script's main as its command line does."""
+    arguments = [str(argument) for argument in arguments]
+    print("$ python", Path(script.__file__).name, *arguments, flush=True)
+    script.main(arguments)
+
+
+def cut(root: Path, split: str, out: Path) -> None:
+    """Write out/coco: the chosen images as train2017 and, under other names, as val2017."""
+    run(prepare_masks, "--coco-root", root, "--split", split, "--out", out / "all")
+    manifest = load_manifest(out / "all")
+    rows = json.loads((out / "all" / "manifest.json").read_text())["images"]
+    instances = np.array([row["instances"] for row in rows])
+    chosen = []
+    for label in range(1, len(manifest.classes)):
+        area = manifest.pixels[:, label] / np.maximum(instances[:, label], 1)
+        order = np.argsort(-area, kind="stable").tolist()
+        chosen += [row for row in order if row not in chosen][:PER_CLASS]
+    content = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+    ids = set(manifest.ids[chosen].tolist())
+    images = [image for image in content["images"] if image["id"] in ids]
+    annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+    files = dict(zip(manifest.ids.tolist(), manifest.files.tolist()))
+    (out / "coco" / "annotations").mkdir(parents=True)
+    for name, prefix in (("train2017", ""), ("val2017", "copy_")):
+        (out / "coco" / name).mkdir()
+        for image in images:
+            target = out / "coco" / name / (prefix + image["file_name"])
+            shutil.copy(root / files[image["id"]], target)
+        named = [{**image, "file_name": prefix + image["file_name"]} for image in images]
+        cut = {"images": named, "annotations": annotations, "categories": content["categories"]}
+        (out / "coco" / "annotations" / f"instances_{name}.json").write_text(json.dumps(cut))
+
+
+def main() -> None:
+    """Cut, prepare, train every configuration that was not trained before, evaluate all of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--coco-root", type=Path, required=True)
+    parser.add_argument("--split", default="train2017")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    args = parser.parse_args()
+    dataset.training_transform = whole_image
+    if not (args.out / "coco").exists():
+        cut(args.coco_root, args.split, args.out)
+    data = args.out / "data"
+    splits = ["--split", "train2017", "val2017"]
+    run(prepare_masks, "--coco-root", args.out / "coco", *splits, "--out", data)
+    everything = ["--oversample", 8, "--rare", *load_manifest(data).classes[1:]]
+    checkpoints = []
+    for model in args.models:
+        for name, flags in LOSSES.items():
+            out = args.out / "runs" / f"{model}-{name}"
+            checkpoints.append(out / "best.pt")
+            if not (out / "last.pt").exists():
+                common = ["--data", data, "--val-split", "val2017", "--wandb", "disabled"]
+                settings = [*SETTINGS[model], *flags, *everything]
+                run(train, *common, "--model", model, *settings, "--out", out)
+    report = ["--json", args.out / "report.json", "--panels", 8, "--pick", "worst"]
+    run(evaluate, "--ckpt", *checkpoints, *report)
+
+
+if __name__ == "__main__":
+    main()

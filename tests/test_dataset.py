@@ -1,0 +1,360 @@
+"""Split, oversampling, transforms, loaders: what must always hold."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import tv_tensors
+
+import dataset
+from dataset import (
+    DataError,
+    EpochBatches,
+    TrainingSet,
+    class_colors,
+    color_mask,
+    evaluation_input,
+    evaluation_loader,
+    load_manifest,
+    normalize,
+    oversample,
+    padded_size,
+    rare_classes,
+    read_image,
+    read_mask,
+    resized_size,
+    split_rows,
+    training_loader,
+    training_transform,
+)
+
+
+def fake_manifest(pixels, splits=None, ids=None):
+    count = len(pixels)
+    return SimpleNamespace(
+        data="data",
+        classes=["background", "person", "car", "bus"],
+        pixels=np.array(pixels),
+        ids=np.arange(count) if ids is None else ids,
+        splits=np.array(["a"] * count) if splits is None else np.array(splits),
+        __len__=lambda: count,
+    )
+
+
+class Fake(SimpleNamespace):
+    def __len__(self):
+        return len(self.ids)
+
+
+def skewed(count=400, seed=0):
+    rng = np.random.default_rng(seed)
+    pixels = (rng.random((count, 4)) < [1, 0.5, 0.1, 0.03]) * rng.integers(1, 99, (count, 4))
+    return Fake(**{k: v for k, v in vars(fake_manifest(pixels)).items() if k != "__len__"})
+
+
+# --- split and oversampling --------------------------------------------------------------------
+
+
+def test_split_is_disjoint_complete_stable_and_stratified():
+    manifest = skewed()
+    train, val = split_rows(manifest, seed=3)
+    assert len(np.intersect1d(train, val)) == 0
+    np.testing.assert_array_equal(np.union1d(train, val), np.arange(400))
+    again = split_rows(manifest, seed=3)
+    np.testing.assert_array_equal(val, again[1])
+    assert not np.array_equal(val, split_rows(manifest, seed=4)[1])
+    holds = manifest.pixels > 0
+    for label in range(1, 4):
+        share = holds[val, label].sum() / holds[:, label].sum()
+        assert share == pytest.approx(0.2, abs=0.06), manifest.classes[label]
+    rarest = holds[:, 3].sum()
+    assert holds[val, 3].sum() == round(0.2 * rarest)
+
+
+def test_split_depends_on_the_images_not_on_their_order():
+    manifest = skewed()
+    _, val = split_rows(manifest, seed=0)
+    order = np.random.default_rng(1).permutation(400)
+    shuffled = Fake(**vars(manifest))
+    shuffled.pixels, shuffled.ids = manifest.pixels[order], manifest.ids[order]
+    _, other = split_rows(shuffled, seed=0)
+    assert set(manifest.ids[val]) == set(shuffled.ids[other])
+
+
+def test_named_split_validates(data):
+    manifest = load_manifest(data)
+    train, val = split_rows(manifest, seed=0, val_split="val2017")
+    assert set(manifest.splits[val]) == {"val2017"}
+    assert set(manifest.splits[train]) == {"train2017"}
+    with pytest.raises(DataError, match="train2017, val2017"):
+        split_rows(manifest, seed=0, val_split="test2017")
+
+
+@given(st.integers(1, 6), st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_oversampling_repeats_exactly_the_rare_training_images(factor, seed):
+    manifest = skewed(seed=seed)
+    train, val = split_rows(manifest, seed=0)
+    rare = rare_classes(manifest, train)
+    assert rare == ["bus"]
+    rows, counts = np.unique(oversample(manifest, train, rare, factor), return_counts=True)
+    np.testing.assert_array_equal(rows, train)
+    np.testing.assert_array_equal(counts, np.where(manifest.pixels[train, 3] > 0, factor, 1))
+    assert not np.isin(rows, val).any()
+
+
+def test_a_class_in_no_image_is_not_rare_but_absent():
+    manifest = fake_manifest([[9, 1, 0, 0]] * 99 + [[9, 0, 0, 1]])
+    assert rare_classes(manifest, np.arange(100)) == ["bus"]
+
+
+# --- transforms --------------------------------------------------------------------------------
+
+BLOCKS = np.kron(np.arange(48).reshape(6, 8), np.ones((20, 20))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_image_and_mask_move_together(seed):
+    """The red channel encodes the label; colour jitter is left out, it may change colours."""
+    torch.manual_seed(seed)
+    picture = torch.from_numpy(BLOCKS * 5).expand(3, -1, -1)
+    transform = training_transform(96)
+    transform.transforms = transform.transforms[:2]
+    image, mask = transform(tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(BLOCKS)))
+    assert image.shape == (3, 96, 96)
+    assert mask.shape == (96, 96)
+    assert set(mask.unique().tolist()) <= set(range(48))
+    off = (image[0].int() - 5 * mask.int()).abs()
+    # Pixels away from the edges of the blocks, where the image is interpolated, agree exactly.
+    inner = torch.ones_like(mask, dtype=torch.bool)
+    for shift in [(dy, dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2)]:
+        inner &= mask.roll(shift, (0, 1)) == mask
+    inner[:3], inner[-3:], inner[:, :3], inner[:, -3:] = False, False, False, False
+    assert inner.float().mean() > 0.2
+    assert off[inner].max() <= 1
+
+
+@pytest.mark.parametrize("source", [16, 48, 64, 96, 128])
+def test_masks_are_sampled_at_pixel_centres(source):
+    """A half-and-half mask resized to 32 keeps its edge; "nearest" would move it at some sizes."""
+    mask = torch.zeros(source, source, dtype=torch.uint8)
+    mask[:, source // 2 :] = 1
+    mask[source // 2 :] += 2
+    crop = dataset.RandomResizedCrop((32, 32))
+    params = {"top": 0, "left": 0, "height": source, "width": source}
+    resized = crop.transform(tv_tensors.Mask(mask), params)
+    expected = torch.zeros(32, 32, dtype=torch.uint8)
+    expected[:, 16:] = 1
+    expected[16:] += 2
+    assert torch.equal(resized.as_subclass(torch.Tensor), expected)
+    gradient = tv_tensors.Mask(torch.arange(source, dtype=torch.uint8).expand(source, source))
+    columns = crop.transform(gradient, params)[0].double()
+    centre = (columns - torch.arange(source).double().mean()).mean().item()
+    assert abs(centre) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(480, 640), (640, 427), (100, 33), (32, 32), (7, 500)]
+)
+def test_evaluation_keeps_the_aspect_and_pads(height, width):
+    image = torch.full((3, height, width), 200, dtype=torch.uint8)
+    result = evaluation_input(image, 128)
+    h, w = resized_size(height, width, 128)
+    assert min(h, w) == 128 or max(h, w) == 256
+    assert max(h, w) <= 256
+    assert abs(h / w - height / width) <= 0.5 * max(h / w, 1) / min(h, w) + 1e-9
+    assert result.shape == (3, *padded_size(height, width, 128))
+    assert result.shape[1] % 32 == result.shape[2] % 32 == 0
+    assert (result[:, :h, :w] == 200).all()
+    assert (result[0, h:] == 124).all()
+    assert (result[0, :, w:] == 124).all()
+
+
+def test_normalize():
+    images = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
+    images[1] = 255
+    result = normalize(images)
+    assert result.dtype == torch.float32
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(
+        result[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        result[1, :, 3, 4], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-6
+    )
+
+
+# --- loaders -----------------------------------------------------------------------------------
+
+
+def epoch_of(manifest, rows, workers, epoch=0, start=0, seed=0):
+    loader = training_loader(manifest, rows, 32, 4, seed, workers)
+    loader.batch_sampler.set_epoch(epoch, start)
+    return [tuple(t.clone() for t in batch) for batch in loader]
+
+
+def test_batches_are_a_function_of_seed_and_epoch(data):
+    manifest = load_manifest(data)
+    rows = np.arange(18)
+    state = torch.get_rng_state()
+    first = epoch_of(manifest, rows, workers=0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(first) == 4  # the incomplete batch is left out
+    torch.manual_seed(99)
+    for workers in (0, 1, 3):
+        for a, b in zip(first, epoch_of(manifest, rows, workers), strict=True):
+            assert torch.equal(a[0], b[0])
+            assert torch.equal(a[1], b[1])
+    rest = epoch_of(manifest, rows, workers=1, start=2)
+    assert torch.equal(rest[0][0], first[2][0])
+    assert len(rest) == 2
+    for changed in ({"epoch": 1}, {"seed": 1}):
+        assert not torch.equal(epoch_of(manifest, rows, 0, **changed)[0][0], first[0][0])
+
+
+def test_an_epoch_holds_every_row_as_often_as_it_is_listed():
+    rows = np.array([5, 6, 7, 7, 7, 8, 9, 10])
+    batches = EpochBatches(rows, 4, seed=0)
+    orders = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        keys = [key for batch in batches for key in batch]
+        assert sorted(row for _, _, row in keys) == rows.tolist()
+        assert [position for _, position, _ in keys] == list(range(8))
+        orders.append([row for _, _, row in keys])
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_repeated_image_is_augmented_anew(data):
+    training = TrainingSet(load_manifest(data), 32, seed=0)
+    assert torch.equal(training[0, 1, 5][0], training[0, 1, 5][0])
+    assert not torch.equal(training[0, 1, 5][0], training[0, 2, 5][0])
+
+
+def test_evaluation_loader_gives_every_image_once_with_255_around_its_mask(data):
+    manifest = load_manifest(data)
+    rows = np.arange(24)
+    for batch_size in (1, 5):
+        seen = []
+        for images, masks, batch in evaluation_loader(manifest, rows, 64, batch_size, workers=0):
+            assert len(images) == len(masks) == len(batch) <= batch_size
+            for image, mask, row in zip(images, masks, batch):
+                height, width = manifest.sizes[row]
+                native = read_mask(data / "masks_raw" / manifest.masks[row], 5)
+                assert (mask[:height, :width].numpy() == native).all()
+                assert (mask[height:] == 255).all()
+                assert (mask[:, width:] == 255).all()
+                assert image.shape[1:] == padded_size(height, width, 64)
+            seen += batch
+        assert sorted(seen) == rows.tolist()
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16", "1"])
+def test_any_image_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("image.jpg" if mode in ("L", "CMYK") else "image.png")
+    if mode == "I;16":
+        Image.fromarray(np.zeros((6, 8), dtype=np.uint16)).save(path)
+    else:
+        Image.new("RGB", (8, 6), (200, 10, 10)).convert(mode).save(path)
+    image = read_image(path, (6, 8))
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+
+
+def test_exif_turns_only_what_was_annotated_turned(tmp_path):
+    path = tmp_path / "image.jpg"
+    pixels = np.zeros((6, 8, 3), dtype=np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    assert np.array(read_image(path, (6, 8)))[3, 1, 0] > 200
+    turned = np.array(read_image(path, (8, 6)))
+    assert turned.shape == (8, 6, 3)
+    assert turned[1, 3, 0] > 200
+    assert turned[6, 3, 0] < 50
+    assert read_image(path).size == (6, 8)
+    with pytest.raises(DataError, match="6x8.*say 5x8"):
+        read_image(path, (5, 8))
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="no image at .*gone.jpg"):
+        read_image(tmp_path / "gone.jpg")
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(DataError, match="cannot read the image .*text.jpg"):
+        read_image(tmp_path / "text.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)).save(
+        tmp_path / "cut.jpg"
+    )
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cut.jpg"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def test_labels_out_of_range_are_named_with_the_file(data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    manifest = load_manifest(copy)
+    path = copy / "masks_raw" / manifest.masks[3]
+    mask = np.array(Image.open(path))
+    mask[2, 2] = 77
+    Image.fromarray(mask).save(path)
+    with pytest.raises(DataError, match=rf"{path.name} holds the label 77"):
+        epoch_of(manifest, np.arange(8), workers=0)
+    with pytest.raises(DataError, match=rf"{path.name} holds the label 77"):
+        epoch_of(manifest, np.arange(8), workers=1)
+    Image.fromarray(mask).convert("RGB").save(path)
+    with pytest.raises(DataError, match="mode RGB, not L"):
+        read_mask(path, 5)
+    path.unlink()
+    with pytest.raises(DataError, match="no mask at"):
+        read_mask(path, 5)
+
+
+def test_damaged_manifests_are_refused(data, tmp_path):
+    path = tmp_path / "manifest.json"
+    with pytest.raises(DataError, match=f"no manifest at {path}.*prepare_masks"):
+        load_manifest(tmp_path)
+    content = json.loads((data / "manifest.json").read_text())
+    for broken in ("", "[]", "{}", json.dumps({**content, "images": []})):
+        path.write_text(broken)
+        with pytest.raises(DataError, match=str(path)):
+            load_manifest(tmp_path)
+    path.write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(DataError, match="version 99"):
+        load_manifest(tmp_path)
+    del content["images"][3]["pixels"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="damaged"):
+        load_manifest(tmp_path)
+
+
+def test_fingerprint_names_the_masks_not_the_place(data, tmp_path):
+    content = json.loads((data / "manifest.json").read_text())
+    original = load_manifest(data).fingerprint
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, "root": "/elsewhere"}))
+    assert load_manifest(tmp_path).fingerprint == original
+    content["images"][0]["pixels"][1] += 1
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert load_manifest(tmp_path).fingerprint != original
+
+
+def test_colors_are_distinct_and_stable():
+    colors = class_colors(81)
+    assert len(set(colors)) == 81
+    assert dataset.IGNORE_COLOR not in colors
+    assert colors[:5] == class_colors(5)
+    mask = np.array([[0, 1], [4, 255]], dtype=np.uint8)
+    image = np.array(color_mask(mask, colors[:5]))
+    assert image[0, 1].tolist() == list(colors[1])
+    assert image[1, 1].tolist() == list(dataset.IGNORE_COLOR)

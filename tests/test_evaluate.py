@@ -1,0 +1,134 @@
+"""The evaluation of real checkpoints: native size, any batch size, report, picture, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command
+from PIL import Image
+
+import evaluate as evaluation
+from dataset import (
+    evaluation_input,
+    evaluation_loader,
+    load_manifest,
+    normalize,
+    read_pair,
+    resized_size,
+)
+from evaluate import evaluate, native_prediction, scores
+from models import load_checkpoint, model_from_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return model_from_checkpoint(load_checkpoint(checkpoint), CPU)
+
+
+def test_any_batch_size_gives_the_same_matrix(data, model):
+    manifest = load_manifest(data)
+    rows = np.arange(33)
+    results = [
+        evaluate(model, evaluation_loader(manifest, rows, 64, batch_size, workers), CPU)
+        for batch_size, workers in ((1, 0), (3, 1), (8, 0))
+    ]
+    assert results[0].shape == (33, 5, 5)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+    valid = [row.sum() for row in results[0]]
+    assert valid == manifest.pixels.sum(axis=1).tolist()
+    np.testing.assert_array_equal(results[0].sum(axis=2), manifest.pixels)
+
+
+def test_equals_one_image_at_a_time_by_hand(data, model):
+    """Truth at native size, logits resized, padding cut: spelled out for each image."""
+    manifest = load_manifest(data)
+    rows = np.array([0, 1, 2, 30])
+    matrices = evaluate(model, evaluation_loader(manifest, rows, 48, 2, 0), CPU)
+    for matrix, row in zip(matrices, rows):
+        image, mask = read_pair(manifest, row)
+        height, width = mask.shape
+        h, w = resized_size(height, width, 48)
+        padded = evaluation_input(image, 48)[None]
+        with torch.inference_mode():
+            logits = model(normalize(padded))["out"][:, :, :h, :w]
+            logits = F.interpolate(logits, size=(height, width), mode="bilinear")
+        prediction = logits[0].argmax(dim=0).numpy()
+        for truth in range(5):
+            for label in range(5):
+                expected = ((mask.numpy() == truth) & (prediction == label)).sum()
+                assert matrix[truth, label] == expected
+
+
+def test_logits_are_resized_not_labels():
+    logits = torch.zeros(2, 2, 2)
+    logits[1] = torch.tensor([[3.0, -1.0], [3.0, -1.0]])
+    prediction = native_prediction(logits, 8, 8, 2)
+    # Bilinear, the difference of the logits falls 3, 3, 2.5, 1.5, 0.5, -0.5, -1, -1: five columns,
+    # where resized labels would give four.
+    assert prediction.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]] * 8
+
+
+def test_report(checkpoint, tmp_path):
+    copy = tmp_path / "other.pt"
+    shutil.copy(checkpoint, copy)
+    file = tmp_path / "report.json"
+    result = command(
+        "evaluate.py", "--ckpt", checkpoint, copy, "--json", file, "--panels", 3,
+        "--pick", "random", "--workers", 1, "--bootstrap", 200, "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert str(checkpoint) in result.stdout
+    first, second = json.loads(file.read_text())
+    assert first["classes"] == ["background", "person", "car", "bus", "dog"]
+    assert first["images"] == 9
+    confusion = np.array(first["confusion"])
+    expected = scores(confusion)
+    for name, iou in zip(first["classes"], expected["iou"]):
+        assert first["iou"][name] == pytest.approx(iou)
+    assert first["miou"] == pytest.approx(expected["miou"])
+    low, high = first["interval"]["foreground_miou"]
+    assert low <= first["foreground_miou"] <= high
+    assert second["difference"]["miou"]["value"] == 0
+    assert second["difference"]["miou"]["p"] == 1
+    metrics = (checkpoint.parent / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["val_miou"] == pytest.approx(first["miou"])
+    picture = Image.open(checkpoint.parent / "last_panels.png")
+    assert picture.width > 1000
+    assert picture.height > 3 * 200
+
+
+def test_absent_class_is_null(data, checkpoint, tmp_path):
+    """Truth and prediction without a class: null in the JSON, and in no mean."""
+    matrices = np.zeros((2, 3, 3), dtype=np.int64)
+    matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 1, 0] = 5, 6, 2
+    entry = evaluation.report("x", ["background", "person", "car"], matrices, resamples=50)
+    assert entry["iou"]["car"] is None
+    assert entry["interval"]["iou"]["car"] == [None, None]
+    assert entry["miou"] == pytest.approx((10 / 14 + 12 / 16) / 2)
+    assert entry["foreground_miou"] == pytest.approx(12 / 16)
+    assert entry["images_with_class"] == {"background": 2, "person": 2, "car": 0}
+    evaluation.print_table([entry])
+    json.dumps(entry, allow_nan=False)
+
+
+def test_refusals(data, checkpoint, tmp_path, refused):
+    assert "no checkpoint at /nowhere.pt" in refused("evaluate", "--ckpt", "/nowhere.pt")
+    sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path)
+    assert f"no manifest at {tmp_path}" in sentence
+    content = json.loads((data / "manifest.json").read_text())
+    content["classes"][4] = "cat"
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path)
+    assert "cat" in sentence
+    content["classes"][4] = "dog"
+    content["images"] = content["images"][:-1]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path)
+    assert "lacks 1 of the checkpoint's 9 validation images (first: val2017 109)" in sentence
+    assert "--pick cow" in refused("evaluate", "--ckpt", checkpoint, "--pick", "cow")

@@ -1,0 +1,218 @@
+"""Shapes, the warm start, and checkpoints that cannot be half-written or run code."""
+
+import functools
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import ResNet50_Weights
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
+
+import models
+from models import (
+    DeepLab,
+    ModelError,
+    UNet,
+    amp_dtype,
+    build_model,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    start_from_prior,
+)
+
+CLASSES = ["background", "person", "car", "bus", "dog"]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (8, 100), (1, 1), (7, 9)])
+def test_unet_takes_any_size(size):
+    model = UNet(3, width=4).eval()
+    outputs = model(torch.randn(2, 3, *size))
+    assert list(outputs) == ["out"]
+    assert outputs["out"].shape == (2, 3, *size)
+
+
+def test_unet_is_the_one_of_the_paper():
+    """64-128-256-512: parameters counted by hand, convolutions without bias under batch norm."""
+
+    def double(inputs, outputs):
+        return 9 * inputs * outputs + 9 * outputs * outputs + 4 * outputs
+
+    down = double(3, 64) + double(64, 128) + double(128, 256) + double(256, 512)
+    up = sum(4 * 2 * c * c + c + double(2 * c, c) for c in (256, 128, 64))
+    expected = down + up + 64 * 5 + 5
+    assert sum(p.numel() for p in UNet(5).parameters()) == expected
+
+
+def test_deeplab_is_torchvisions():
+    torch.manual_seed(0)
+    model = DeepLab(21).eval()
+    assert sum(p.numel() for p in model.parameters()) == 42_004_074
+    referee = deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True).eval()
+    referee.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 65, 50)
+    with torch.inference_mode():
+        expected = referee(images)["out"]
+        torch.testing.assert_close(model(images)["out"], expected, rtol=1e-3, atol=1e-4)
+    assert list(model(images)) == ["out"]
+    outputs = model.train()(torch.randn(2, 3, 65, 50))
+    assert {k: tuple(v.shape) for k, v in outputs.items()} == dict.fromkeys(
+        ["out", "aux"], (2, 21, 65, 50)
+    )
+
+
+# --- warm start --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A hub cache with stand-ins where torchvision looks for its weights; random, but plausible."""
+    folder = tmp_path_factory.mktemp("torch")
+    (folder / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(1)
+    donor = deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True).eval()
+    weights = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
+    torch.save(donor.state_dict(), folder / "hub" / "checkpoints" / Path(weights.url).name)
+    backbone = {f: v for f, v in donor.backbone.state_dict().items()}
+    backbone |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+    name = Path(ResNet50_Weights.IMAGENET1K_V1.url).name
+    torch.save(backbone, folder / "hub" / "checkpoints" / name)
+    return folder, donor
+
+
+@pytest.fixture
+def torch_home(hub, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(hub[0]))
+    return hub[1]
+
+
+@torch.inference_mode()
+def test_warm_start_gives_the_donors_logits(torch_home):
+    classes = [*CLASSES, "airplane", "tv", "potted plant", "giraffe"]
+    theirs = [0, 15, 7, 6, 12, 1, 20, 16]
+    model = build_model("deeplab", classes, weights="coco").eval()
+    images = torch.randn(1, 3, 64, 80)
+    expected = torch_home(images)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    close(model(images)["out"][:, :8], expected["out"][:, theirs])
+    features = model.backbone(images)["aux"]
+    auxiliary = torch.nn.functional.interpolate(
+        model.aux_classifier(features), size=(64, 80), mode="bilinear", align_corners=False
+    )
+    close(auxiliary[:, :8], expected["aux"][:, theirs])
+    assert model(images)["out"][:, 8].abs().max() > 0  # the giraffe's row is fresh, not zero
+
+
+def test_imagenet_fills_the_backbone_only(torch_home):
+    model = build_model("deeplab", CLASSES, weights="imagenet")
+    for name, value in torch_home.backbone.state_dict().items():
+        if name in model.backbone.state_dict():
+            assert torch.equal(model.backbone.state_dict()[name], value)
+    assert not torch.equal(model.classifier[1].weight, torch_home.classifier[1].weight)
+
+
+def test_weights_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ModelError, match="network is unreachable.*--weights none"):
+        build_model("deeplab", CLASSES, weights="coco")
+    name = Path(DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.url).name
+    path = tmp_path / "hub" / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half a download")
+    with pytest.raises(ModelError, match=str(path)):
+        build_model("deeplab", CLASSES, weights="coco")
+
+
+@pytest.mark.parametrize("name", ["unet", "deeplab"])
+def test_prior_is_what_an_untrained_network_predicts(name):
+    prior = torch.tensor([0.9, 0.07, 0.03])
+    model = build_model(name, CLASSES[:3], width=4)
+    heads = (
+        [model.classifier] if name == "unet" else [model.classifier[-1], model.aux_classifier[-1]]
+    )
+    for head in heads:
+        torch.nn.init.zeros_(head.weight)
+    start_from_prior(model, prior)
+    for logits in model.train()(torch.randn(2, 3, 32, 32)).values():
+        torch.testing.assert_close(logits.softmax(1)[1, :, 3, 3], prior)
+
+
+# --- devices -----------------------------------------------------------------------------------
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    assert amp_dtype("auto", torch.device("cpu")) is None
+    assert amp_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(ModelError, match="no device 'tpu'"):
+        pick_device("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_one_sentence():
+    with pytest.raises(ModelError, match="no device 'cuda' here.*--device cpu"):
+        pick_device("cuda")
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    state = {"model": {"w": torch.arange(3.0)}, "args": {"x": [1, "a", None]}}
+    save_checkpoint(tmp_path / "a.pt", state)
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+    assert loaded["args"] == state["args"]
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"model": {"w": torch.ones(2)}})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models.os, "fsync", full)
+    with pytest.raises(ModelError, match="No space left"):
+        save_checkpoint(path, {"model": {"w": torch.zeros(2)}})
+    assert load_checkpoint(path)["model"]["w"].sum() == 2
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/this_must_not_exist",)
+
+
+def test_refused_checkpoints(tmp_path):
+    path = tmp_path / "a.pt"
+    with pytest.raises(ModelError, match=f"no checkpoint at {path}"):
+        load_checkpoint(path)
+    save_checkpoint(path, {"model": {"w": torch.ones(1000)}})
+    whole = path.read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:-30]):
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=str(path)):
+            load_checkpoint(path)
+    torch.save({"version": 1, "model": Malice()}, path)
+    with pytest.raises(ModelError, match=str(path)):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(ModelError, match=str(path)):
+        load_checkpoint(path)
+    assert not Path("/tmp/this_must_not_exist").exists()
+    torch.save({"version": 99, "model": {}}, path)
+    with pytest.raises(ModelError, match="version 99"):
+        load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ModelError, match="not a checkpoint"):
+        load_checkpoint(path)

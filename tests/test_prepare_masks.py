@@ -1,0 +1,341 @@
+"""Masks against an oracle that paints one instance at a time, and what bad annotations get."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import CATEGORIES, REAL, annotation, needs_real_images, polygon, write_coco
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as rle
+
+import prepare_masks
+from prepare_masks import Settings, Task, Unusable, encode, paint
+
+CLASSES = ["person", "car", "bus", "dog"]
+
+
+def rows_of(out):
+    return {row["mask"]: row for row in json.loads((out / "manifest.json").read_text())["images"]}
+
+
+def prepare(root, out, *flags):
+    prepare_masks.main(["--coco-root", str(root), "--out", str(out), "--workers", "1", *flags])
+    return rows_of(out)
+
+
+def mask_of(out, name):
+    return np.array(Image.open(out / "masks_raw" / name))
+
+
+# --- exact -------------------------------------------------------------------------------------
+
+
+def oracle(annotations, height, width, labels, priority, crowd):
+    """Paint one instance after the other, lowest priority first, each decoded by itself."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+
+    def decode(segmentation):
+        if isinstance(segmentation, list):
+            parts = [rle.decode(rle.frPyObjects([p], height, width)[0]) for p in segmentation]
+            return np.any(parts, axis=0)
+        if isinstance(segmentation["counts"], list):
+            return rle.decode(rle.frPyObjects(segmentation, height, width)) > 0
+        counts = segmentation["counts"].encode()
+        return rle.decode({"size": segmentation["size"], "counts": counts}) > 0
+
+    if crowd == "ignore":
+        for name, segmentation, iscrowd in annotations:
+            if iscrowd:
+                mask[decode(segmentation)] = 255
+    for name in reversed(priority):
+        for other, segmentation, iscrowd in annotations:
+            if other == name and (not iscrowd or crowd == "class"):
+                mask[decode(segmentation)] = labels[name]
+    return mask
+
+
+def runs(mask):
+    """Uncompressed RLE of a boolean (H, W) array, column by column, from a run of zeros."""
+    flat = np.concatenate([[0], mask.T.ravel().astype(int), [2]])
+    counts = np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts[1:]] if mask.flat[0] else counts}
+
+
+coordinates = st.floats(-15, 45, allow_nan=False)
+polygons = st.lists(
+    st.lists(coordinates, min_size=6, max_size=12).filter(lambda p: len(p) % 2 == 0),
+    min_size=1,
+    max_size=3,
+)
+
+
+@st.composite
+def scenes(draw):
+    height, width = draw(st.integers(1, 33)), draw(st.integers(1, 33))
+    annotations = []
+    for _ in range(draw(st.integers(0, 7))):
+        name, kind = (
+            draw(st.sampled_from(CLASSES)),
+            draw(st.sampled_from(["polygon", "rle", "text"])),
+        )
+        if kind == "polygon":
+            segmentation = draw(polygons)
+        else:
+            seed, density = draw(st.integers(0, 999)), draw(st.sampled_from([0, 0.01, 0.5, 1]))
+            pixels = np.random.default_rng(seed).random((height, width)) < density
+            segmentation = runs(pixels)
+            if kind == "text":
+                counts = rle.encode(np.asfortranarray(pixels.astype(np.uint8)))["counts"].decode()
+                segmentation = {"size": [height, width], "counts": counts}
+        annotations.append((name, segmentation, draw(st.sampled_from([0, 0, 1]))))
+    return height, width, annotations
+
+
+@given(scenes(), st.permutations(CLASSES), st.sampled_from(["ignore", "class", "background"]))
+@settings(max_examples=300, deadline=None)
+def test_equals_the_oracle_on_generated_scenes(scene, priority, crowd):
+    height, width, annotations = scene
+    labels = {name: label for label, name in enumerate(CLASSES, start=1)}
+    rows = [(i, labels[name], c, s) for i, (name, s, c) in enumerate(annotations)]
+    task = Task(0, 1, "val2017", None, "", "", height, width, rows)
+    order = [labels[name] for name in reversed(priority)]
+    mask, counts = paint(task, Settings(None, [(0, 0, 0)] * 5, order, crowd))
+    assert counts["skipped"] == {}
+    expected = oracle(annotations, height, width, labels, priority, crowd)
+    np.testing.assert_array_equal(mask, expected)
+
+
+@needs_real_images
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_equals_the_oracle_on_real_images(split, tmp_path):
+    rows = prepare(REAL, tmp_path, "--split", split)
+    content = json.loads((REAL / "annotations" / f"instances_{split}.json").read_text())
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    labels = {name: label for label, name in enumerate(CLASSES, start=1)}
+    assert len(rows) == len(content["images"])
+    for image in content["images"]:
+        mine = [
+            (names[a["category_id"]], a["segmentation"], a["iscrowd"])
+            for a in content["annotations"]
+            if a["image_id"] == image["id"] and names[a["category_id"]] in CLASSES
+        ]
+        name = image["file_name"].replace(".jpg", ".png")
+        size = image["height"], image["width"]
+        expected = oracle(mine, *size, labels, ["dog", "person", "car", "bus"], "ignore")
+        mask = mask_of(tmp_path, name)
+        np.testing.assert_array_equal(mask, expected, err_msg=name)
+        assert rows[name]["pixels"] == [(mask == label).sum() for label in range(5)]
+        assert rows[name]["ignored"] == (mask == 255).sum()
+
+
+def test_workers_change_no_byte(coco, tmp_path):
+    trees = []
+    for workers in ("1", "3"):
+        out = tmp_path / workers
+        flags = ["--split", "train2017", "val2017", "--out", str(out), "--workers", workers]
+        prepare_masks.main(["--coco-root", str(coco), *flags])
+        files = sorted(path for path in out.rglob("*") if path.is_file())
+        trees.append({str(path.relative_to(out)): path.read_bytes() for path in files})
+    assert trees[0] == trees[1]
+    assert len(trees[0]) == 2 * 33 + 1
+
+
+def test_priority_and_crowds(tmp_path):
+    crowd = np.zeros((30, 40), dtype=bool)
+    crowd[:, 25:] = True
+    write_coco(tmp_path, [("a.jpg", 30, 40, [
+        annotation("dog", polygon(0, 0, 10, 10)),
+        annotation("person", runs(crowd), iscrowd=1),
+        annotation("bus", polygon(0, 0, 30, 20)),
+        annotation("chair", polygon(0, 0, 40, 30)),
+    ])])  # fmt: skip
+    out = tmp_path / "data"
+    row = prepare(tmp_path, out)["a.png"]
+    mask = mask_of(out, "a.png")
+    assert mask[5, 5] == 4  # the dog, though the bus comes later in the file
+    assert mask[15, 5] == 3
+    assert mask[10, 27] == 3  # an instance covers the crowd
+    assert mask[25, 27] == 255
+    assert row["instances"] == [0, 0, 0, 1, 1]
+    assert row["crowds"] == [0, 1, 0, 0, 0]
+    prepare(tmp_path, out, "--priority", "bus", "--crowd", "class")
+    mask = mask_of(out, "a.png")
+    assert mask[5, 5] == 3
+    assert mask[25, 27] == 1
+    assert mask[10, 27] == 3
+    prepare(tmp_path, out, "--crowd", "background", "--classes", "chair", "person")
+    np.testing.assert_array_equal(np.unique(mask_of(out, "a.png")), [1])
+
+
+def test_colored_masks_show_the_manifests_colors(data):
+    manifest = json.loads((data / "manifest.json").read_text())
+    palette = dict(enumerate(manifest["colors"])) | {255: manifest["ignore_color"]}
+    for row in manifest["images"]:
+        mask = mask_of(data, row["mask"])
+        image = Image.open(data / "masks_colored" / row["mask"])
+        assert image.mode == "RGB"
+        for label in np.unique(mask):
+            assert (np.array(image)[mask == label] == palette[label]).all()
+
+
+def test_layout_with_an_images_folder_and_nested_file_names(tmp_path):
+    images = [("a.jpg", 20, 30, [annotation("person", polygon(1, 1, 9, 9))])]
+    write_coco(tmp_path, images, "val2017", folder="images/val2017")
+    rows = prepare(tmp_path, tmp_path / "data")
+    assert rows["a.png"]["file"] == "images/val2017/a.jpg"
+    assert rows["a.png"]["pixels"][1] == 81
+
+
+# --- hard to break -----------------------------------------------------------------------------
+
+HALF = {"size": [4, 4], "counts": [8, 8]}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([], "empty"),
+        ([[]], "fewer than 6"),
+        ([[1, 1, 2, 2]], "fewer than 6"),
+        ([[1, 1, 2, 2, 3, 3, 4]], "odd"),
+        ([1, 1, 2, 2, 3, 3], "not a list"),
+        ([[1, 1, 2, 2, 3, float("nan")]], "not finite"),
+        ([[1, 1, 2, 2, 3, float("inf")]], "not finite"),
+        ([[1, 1, 2, 2, 3, 1e8]], "out of bounds"),
+        ([[1, 1, 2, 2, 3, 10**400]], "out of bounds"),
+        ([[0, 0, 1e6, 0, 0, 0, 1e6, 0]], "outline"),
+        ([[1, 1, 2, 2, 3, "4"]], "other than numbers"),
+        ([[1, 1, 2, 2, 3, None]], "other than numbers"),
+        ([[1, 1, 2, 2, 3, True]], "other than numbers"),
+        (None, "neither polygons nor RLE"),
+        ("0101", "neither polygons nor RLE"),
+        ({**HALF, "size": [4, 5]}, "size"),
+        ({"counts": [8, 8]}, "size"),
+        ({**HALF, "counts": [8, 7]}, "sum"),
+        ({**HALF, "counts": [8, 9]}, "sum"),
+        ({**HALF, "counts": []}, "sum"),
+        ({**HALF, "counts": [20, -4]}, "whole numbers"),
+        ({**HALF, "counts": [8.0, 8]}, "whole numbers"),
+        ({**HALF, "counts": None}, "neither a list nor a string"),
+        ({**HALF, "counts": "88é"}, "damaged"),
+        ({**HALF, "counts": "8X"}, "damaged"),  # the last character says that more follow
+        ({**HALF, "counts": "8"}, "sum"),
+        ({**HALF, "counts": "XXXXXXXXXXXXXXX8"}, "damaged"),
+        ({**HALF, "counts": ""}, "sum"),
+    ],
+)
+def test_malformed_segmentations_are_named(segmentation, reason):
+    with pytest.raises(Unusable, match=reason):
+        encode(segmentation, 4, 4)
+
+
+def test_legal_oddities_pass():
+    zero_runs = {"size": [4, 4], "counts": [0, 3, 0, 5, 8]}
+    assert rle.area(encode(zero_runs, 4, 4)) == 8
+    assert rle.area(encode({"size": [4, 4], "counts": "88"}, 4, 4)) == 8
+    assert rle.area(encode([[-100, -100, 500, -100, 500, 500, -100, 500]], 4, 4)) == 16
+
+
+def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
+    good = annotation("person", polygon(0, 0, 5, 5))
+    bad = [annotation("person", [[1, 2]]), annotation("car", []), annotation("chair", None)]
+    path = write_coco(tmp_path, [("a.jpg", 20, 30, [good, *bad]), ("b.jpg", 20, 30, [good])])
+    content = json.loads(path.read_text())
+    content["annotations"] += [
+        {**content["annotations"][0], "id": 1000},
+        {**content["annotations"][0], "id": 2000, "image_id": 77},
+        {**content["annotations"][0], "id": 2001, "category_id": 99},
+        {**content["annotations"][0], "id": 2002, "iscrowd": "yes"},
+        "not an annotation",
+    ]
+    content["images"] += [
+        {**content["images"][0]},
+        {**content["images"][0], "id": 50},
+        {**content["images"][0], "id": 51, "file_name": "../a.jpg"},
+        {**content["images"][0], "id": 52, "file_name": str(tmp_path / "val2017" / "a.jpg")},
+        {**content["images"][0], "id": 53, "height": 0},
+        {**content["images"][0], "id": 54, "width": 10**9},
+        {"id": 55},
+    ]
+    (tmp_path / "val2017" / "c.jpg").write_bytes((tmp_path / "val2017" / "a.jpg").read_bytes())
+    content["images"].append({**content["images"][0], "id": 56, "file_name": "c.jpg", "width": 31})
+    path.write_text(json.dumps(content))
+    out = tmp_path / "data"
+    rows = prepare(tmp_path, out)
+    assert sorted(rows) == ["a.png", "b.png"]
+    assert rows["a.png"]["pixels"][:2] == [575, 25]
+    assert sum(len(ids) for ids in rows["a.png"]["skipped"].values()) == 2
+    skipped = json.loads((out / "manifest.json").read_text())["skipped"]
+    reasons = {(s["image_id"], s["annotation_id"]): s["reason"] for s in skipped}
+    assert reasons[(77, 2000)] == "annotation of an unknown image"
+    assert reasons[(1, 2001)] == "category is not in categories"
+    assert reasons[(1, 2002)] == "iscrowd is neither 0 nor 1"
+    assert reasons[(50, None)] == "another image has the same mask name"
+    assert reasons[(56, None)] == "image file has another size than the annotations say"
+    assert len(skipped) == 2 + 5 + 8
+    err = capsys.readouterr().err
+    assert "skipped 2: file_name is not a file name" in err
+    assert not list(tmp_path.rglob("../*.png"))
+
+
+def test_strict_stops_at_the_first(tmp_path, refused):
+    write_coco(tmp_path, [("a.jpg", 20, 30, [annotation("car", [[1, 2]])])])
+    flags = ["--coco-root", tmp_path, "--out", tmp_path / "data", "--workers", 1]
+    assert "annotation 1000 of image 1: polygon" in refused("prepare_masks", *flags, "--strict")
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_symlink_out_of_the_root(tmp_path):
+    root = tmp_path / "root"
+    write_coco(root, [("a.jpg", 20, 30, []), ("b.jpg", 20, 30, [])])
+    (root / "val2017" / "a.jpg").rename(tmp_path / "a.jpg")
+    (root / "val2017" / "a.jpg").symlink_to(tmp_path / "a.jpg")
+    assert list(prepare(root, tmp_path / "data")) == ["b.png"]
+
+
+def test_refusals(coco, tmp_path, refused):
+    out = tmp_path / "data"
+
+    def sentence(root, *flags):
+        return refused("prepare_masks", "--coco-root", root, "--out", out, "--workers", 1, *flags)
+
+    assert str(tmp_path / "nowhere") in sentence(tmp_path / "nowhere")
+    assert "train2017, val2017" in sentence(coco, "--split", "val2018")
+    assert "did you mean 'person'?" in sentence(coco, "--classes", "preson")
+    assert "names 'car' twice" in sentence(coco, "--classes", "car", "bus", "car")
+    assert "always label 0" in sentence(coco, "--classes", "background")
+    assert "'dogs'" in sentence(coco, "--priority", "dogs")
+    assert not out.exists()
+
+    root = tmp_path / "broken"
+    path = write_coco(root, [("a.jpg", 20, 30, [])])
+    whole = path.read_text()
+    for text in ("", whole[: len(whole) // 2], "[]", '{"images": [], "annotations": {}}', "\x00"):
+        path.write_text(text)
+        assert str(path) in sentence(root)
+    path.write_text(whole)
+    (root / "val2017" / "a.jpg").unlink()
+    assert "1 of the 1 images of val2017 are missing" in sentence(root)
+    (root / "val2017").rmdir()
+    assert "no images of val2017" in sentence(root)
+    assert not out.exists()
+
+
+def test_a_failed_second_run_leaves_no_manifest(tmp_path, refused):
+    write_coco(tmp_path, [("a.jpg", 20, 30, [annotation("person", polygon(0, 0, 5, 5))])])
+    out = tmp_path / "data"
+    prepare(tmp_path, out)
+    (out / "masks_colored" / "a.png").unlink()
+    (out / "masks_colored" / "a.png").mkdir()  # cannot be written
+    flags = ["--coco-root", tmp_path, "--out", out, "--workers", 1]
+    assert str(out / "masks_colored" / "a.png") in refused("prepare_masks", *flags)
+    assert not (out / "manifest.json").exists()
+
+
+def test_category_ids_are_found_by_name():
+    assert CATEGORIES["dog"] == 18
+    content = {"categories": [{"id": 5, "name": "x"}, {"id": 9, "name": "y"}]}
+    labels = prepare_masks.category_labels(content, ["background", "y"], None)
+    assert labels == {5: None, 9: 1}
