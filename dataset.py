@@ -9,6 +9,7 @@ Nothing here depends on global random state: the order of an epoch is a function
 the augmentation of an image a function of (seed, epoch, position in the epoch).
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -45,6 +46,21 @@ class DataError(ValueError):
     """The user's data or a path is wrong: one sentence that names it and the remedy."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
+
+
+def command_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of a script: its help shows the defaults and an example."""
+    return argparse.ArgumentParser(
+        description=description, epilog=f"example: {example}", formatter_class=_HelpFormatter
+    )
+
+
 def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> None:
     """Run a script's `main` and exit: 2 and one sentence for `errors`, 130 for Ctrl-C.
 
@@ -60,6 +76,20 @@ def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> Non
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    """Write JSON whole or not at all: temporary file, sync, rename. Raises DataError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=indent) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 # --- manifest ----------------------------------------------------------------------------------
@@ -107,7 +137,7 @@ class Manifest:
 
 
 def load_manifest(data: str | Path) -> Manifest:
-    """Read `data`/manifest.json. Raises DataError if it is missing, damaged or of another version."""
+    """Read `data`/manifest.json. Raises DataError if missing, damaged or of another version."""
     path = Path(data) / "manifest.json"
     remedy = "run prepare_masks.py --coco-root ROOT --out " + str(data)
     try:
@@ -183,8 +213,8 @@ def split_rows(
     """Rows of the manifest that train and rows that validate: disjoint, together all of them.
 
     With `val_split` that split validates and the others train. Without, `fraction` of the images,
-    stratified: images are grouped by the rarest class they hold, each group is put in the order of a
-    hash of (seed, split, id), and its first part validates. So the outcome depends on the seed
+    stratified: images are grouped by the rarest class they hold, each group is put in the order of
+    a hash of (seed, split, id), and its first part validates. So the outcome depends on the seed
     and the images alone, not on their order. Raises DataError if either side would be empty.
     """
     if val_split is not None:
@@ -341,10 +371,10 @@ def training_transform(size: int) -> v2.Transform:
 
 
 def resized_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the shorter side at `size`, the aspect kept, the longer at most doubled.
+    """Height and width with the shorter side at `size`, aspect kept, the longer at most doubled.
 
-    Training crops show a 4:3 image between 0.87 and 1.73 times this scale, so that what is evaluated
-    has sizes that were trained; with the longer side at `size` it would be smaller than any crop.
+    Training crops show a 4:3 image between 0.87 and 1.73 times this scale, so objects are evaluated
+    at sizes that were trained; with the longer side at `size` they would be smaller than in any.
     """
     scale = min(size / min(height, width), 2 * size / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))

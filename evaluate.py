@@ -7,8 +7,6 @@ nowhere; a class that neither truth nor prediction holds has no IoU and enters n
 """
 
 import argparse
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from dataset import (
     IGNORE_INDEX,
     DataError,
     Manifest,
+    command_parser,
     default_workers,
     evaluation_loader,
     load_manifest,
@@ -32,6 +31,7 @@ from dataset import (
     read_pair,
     resized_size,
     run_command,
+    write_json,
 )
 from models import ModelError, amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
 
@@ -69,8 +69,8 @@ class ConfusionMatrix:
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of (..., C, C) confusion matrices, as fractions, NaN where there is nothing to divide.
 
-    iou, precision and recall are (..., C); miou, foreground_miou (without label 0) and pixel_accuracy
-    are (...). Means leave NaN out.
+    iou, precision and recall are (..., C); miou, foreground_miou (without label 0) and
+    pixel_accuracy are (...). Means leave NaN out.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
@@ -127,7 +127,7 @@ def p_value(differences: np.ndarray) -> float:
 def predict_batches(
     model: torch.nn.Module, loader: DataLoader, device: torch.device, dtype: torch.dtype | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Row, prediction (H, W) int64 and mask (H, W) uint8 of every image, on the device, native size."""
+    """Row, prediction (H, W) int64 and mask (H, W) uint8 of every image, native, on the device."""
     dataset = loader.dataset
     for images, masks, rows in loader:
         images = normalize(images.to(device, non_blocking=True))
@@ -230,7 +230,7 @@ def by_class(classes: list[str], values: np.ndarray) -> dict[str, float | None]:
 
 
 def print_table(entries: list[dict]) -> None:
-    """A row a checkpoint in percent, with its intervals below, then the differences to the first."""
+    """A row a checkpoint in percent, its intervals below; then the differences to the first."""
     classes = entries[0]["classes"]
     width = max(13, *(len(name) + 2 for name in classes))
     names = max(len(entry["ckpt"]) for entry in entries)
@@ -250,8 +250,8 @@ def print_table(entries: list[dict]) -> None:
         for key, d in entry.get("difference", {}).items():
             low, high = d["interval"]
             print(
-                f"{entry['ckpt']} against {entries[0]['ckpt']}, {key}: {100 * d['value']:+.1f} points "
-                f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {d['p']:.3f}"
+                f"{entry['ckpt']} against {entries[0]['ckpt']}, {key}: {100 * d['value']:+.1f} "
+                f"points [{100 * low:+.1f}, {100 * high:+.1f}], p = {d['p']:.3f}"
             )
 
 
@@ -266,8 +266,8 @@ def percent(value: float | None) -> str:
 def pick_rows(
     pick: str, count: int, rows: np.ndarray, matrices: np.ndarray, classes: list[str]
 ) -> list[int]:
-    """`count` rows to draw: "worst" or "best" by an image's own foreground mIoU, "random" ones, or those
-    that hold most of a class."""
+    """`count` rows to draw: "worst" or "best" by an image's own foreground mIoU, "random" ones, or
+    those that hold most of a class."""
     if pick == "random":
         order = np.random.default_rng(0).permutation(len(rows))
     elif pick in classes:
@@ -291,7 +291,7 @@ def overlay(image: torch.Tensor, mask: torch.Tensor, manifest: Manifest) -> torc
 def error_picture(
     image: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """(3, H, W) uint8: the picture pale and grey, wrong pixels red, ignored ones in their colour."""
+    """(3, H, W) uint8: the picture pale and grey, wrong pixels red, ignored ones white."""
     pale = (128 + image.float().mean(dim=0, keepdim=True) / 3).to(torch.uint8).expand(3, -1, -1)
     ignored = mask == IGNORE_INDEX
     layers = torch.stack([(prediction != mask) & ~ignored, ignored])
@@ -380,18 +380,13 @@ def _legend(manifest: Manifest) -> Image.Image:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Class-wise IoU of checkpoints on the images that they were validated on.",
-        epilog="example: python evaluate.py --ckpt runs/deeplab/best.pt --panels 6 --pick worst",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "Class-wise IoU of checkpoints on the images that they were validated on.",
+        "python evaluate.py --ckpt runs/deeplab/best.pt --panels 6 --pick worst",
     )
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="checkpoints; one table for all")
-    add(
-        "--data",
-        help="data directory (default: the one each checkpoint was trained on)",
-        default=argparse.SUPPRESS,
-    )
+    add("--data", help="data directory, if not the one that the checkpoint was trained on")
     add("--json", type=Path, metavar="FILE", help="write the report here too")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")
     add("--pick", default="worst", help="which: worst, best, random, or a class name")
@@ -413,16 +408,6 @@ def checked_rows(path: str, state: dict, manifest: Manifest) -> np.ndarray:
     return manifest.rows(state["val_ids"])
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): choose another --json") from None
-
-
 def main(argv: list[str] | None = None) -> None:
     """Evaluate each checkpoint, print the table, write the report and the pictures."""
     parser = build_parser()
@@ -431,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--panels, --bootstrap and --workers start at 0, --batch-size at 1")
     device = pick_device(args.device)
     states = [load_checkpoint(path) for path in args.ckpt]
-    manifests = [load_manifest(getattr(args, "data", state["args"]["data"])) for state in states]
+    manifests = [load_manifest(args.data or state["args"]["data"]) for state in states]
     all_rows = [checked_rows(*item) for item in zip(args.ckpt, states, manifests)]
     classes = states[0]["classes"]
     for path, state in zip(args.ckpt, states):

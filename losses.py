@@ -24,13 +24,13 @@ def segmentation_loss(
 
     p is the probability of the true class y, CE = -log p. gamma = 0 is cross entropy, equal to
     `F.cross_entropy(weight=weight)`; no weight is a weight of 1. A batch of ignored pixels only has
-    loss 0 and gradient 0, where `F.cross_entropy` gives NaN. Computed in float32 under autocast too.
+    loss 0 and gradient 0, where `F.cross_entropy` gives NaN. In float32 under autocast too.
 
     logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or `ignore_index`.
     weight: (C,) float32 or None. gamma >= 0. Returns a float32 scalar on the device of the logits.
 
-    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5. The division is
-    by the weights alone, not the modulated ones, so that gamma does turn easy pixels down.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5. Divided by
+    the weights alone, not the modulated ones, so that gamma does turn easy pixels down.
     """
     masks = masks.long()
     valid = masks != ignore_index
@@ -54,7 +54,7 @@ def total_loss(
     weight: torch.Tensor | None = None,
     gamma: float = 0.0,
 ) -> torch.Tensor:
-    """`segmentation_loss` of outputs["out"], plus half that of outputs["aux"] where a model has it."""
+    """`segmentation_loss` of outputs["out"], plus half that of outputs["aux"] if present."""
     loss = segmentation_loss(outputs["out"], masks, weight, gamma)
     if "aux" in outputs:
         loss = loss + AUXILIARY_WEIGHT * segmentation_loss(outputs["aux"], masks, weight, gamma)
@@ -65,8 +65,8 @@ def class_weights(pixels: np.ndarray, power: float = 0.5, max_ratio: float = 10.
     """(C,) float32 weights from (C,) pixel counts: (1 / share)^power, at most `max_ratio` apart.
 
     Full inverse frequency (power 1) gives COCO's rare classes weights of several hundred and lowers
-    the IoU of every class, theirs included; so the square root, clamped. Scaled so that the mean over
-    the pixels is 1, which leaves the loss and the learning rate comparable with the unweighted.
+    the IoU of every class, theirs included; so the square root, clamped. Scaled to a mean of 1 over
+    the pixels, which leaves the loss and the learning rate comparable with the unweighted.
     A class without a pixel gets the largest weight; no pixel ever uses it.
     """
     pixels = np.asarray(pixels, dtype=np.float64)

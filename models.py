@@ -113,9 +113,9 @@ class DeepLab(nn.Module):
 def warm_start(model: DeepLab, classes: list[str], weights: str) -> None:
     """Start from torchvision's weights: "coco" for the whole network, "imagenet" for the backbone.
 
-    With "coco" the rows of the final convolutions are those of the donor's classes of the same name,
-    so the network segments them before its first step; a class that the donor doesn't know keeps its
-    fresh row. Raises ModelError if the weights are not on disk and cannot be downloaded.
+    With "coco" the rows of the final convolutions are those of the donor's classes of the same
+    name, so the network segments them before its first step; a class that the donor doesn't know
+    keeps its fresh row. Raises ModelError if the weights cannot be loaded or downloaded.
     """
     if weights == "imagenet":
         state = pretrained_state(ResNet50_Weights.IMAGENET1K_V1)
@@ -168,8 +168,8 @@ def build_model(
 ) -> UNet | DeepLab:
     """A network for `classes` (names, the background first).
 
-    name: "unet" (with `width` first channels) or "deeplab". weights: "none", or for DeepLab "coco" or
-    "imagenet" (see `warm_start`).
+    name: "unet" (with `width` first channels) or "deeplab". weights: "none", or for DeepLab "coco"
+    or "imagenet" (see `warm_start`).
     """
     if name == "unet":
         model = UNet(len(classes), width)
@@ -186,7 +186,7 @@ def build_model(
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises ModelError if there is no such device."""
+    """The named device; "auto" is CUDA where there is one, else the CPU. Raises ModelError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -199,7 +199,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype, None for float32. "auto" is bf16 or fp16, as the GPU has it, and off on a CPU."""
+    """Autocast dtype, None for float32. "auto" is bf16 or else fp16 on a GPU, off on a CPU."""
     if amp == "auto":
         if device.type != "cuda":
             return None

@@ -2,8 +2,8 @@
 
     python prepare_masks.py --coco-root coco --split train2017 val2017 --out data
 
-Writes data/masks_raw (class indices, mode L), data/masks_colored (RGB, to look at) and, last of all,
-data/manifest.json: its presence means that the masks are complete.
+Writes data/masks_raw (class indices, mode L), data/masks_colored (RGB, to look at) and, last of
+all, data/manifest.json: its presence means that the masks are complete.
 
 An annotation file is never trusted: whatever it states is checked before pycocotools, which is C,
 gets to see it. What cannot be used is skipped, counted by reason and listed in the manifest.
@@ -38,8 +38,10 @@ from dataset import (
     DataError,
     class_colors,
     color_mask,
+    command_parser,
     default_workers,
     run_command,
+    write_json,
 )
 
 CLASSES = ["person", "car", "bus", "dog"]
@@ -76,14 +78,14 @@ class Settings(NamedTuple):
 
 
 class Unusable(ValueError):
-    """An annotation or an image that cannot be used; the text is the reason, without particulars."""
+    """An annotation or an image that cannot be used; the text is the reason."""
 
 
 # --- segmentations -----------------------------------------------------------------------------
 
 
 def encode(segmentation: object, height: int, width: int) -> dict:
-    """Compressed RLE, as pycocotools has it, of a COCO segmentation: polygons or an RLE of any kind.
+    """Compressed RLE, as pycocotools has it, of a COCO segmentation: polygons or any RLE.
 
     Raises Unusable for all that would crash pycocotools, make it guess, or make it read memory that
     is not its own (see its rleFrString and rleFrPoly).
@@ -229,7 +231,7 @@ def prepare_image(task: Task, settings: Settings) -> dict:
 
 
 def read_annotations(root: Path, split: str) -> dict:
-    """The parsed instances file of a split. Raises DataError if missing, damaged or of another kind."""
+    """The parsed instances file of a split. Raises DataError if it is missing or damaged."""
     path = root / "annotations" / f"instances_{split}.json"
     try:
         with open(path, "rb") as file:
@@ -318,8 +320,8 @@ def index_split(
             missing.append(task.path)
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(tasks)} images of {split} are missing (first: {missing[0]}): "
-            "download them again or take them out of the annotation file"
+            f"{len(missing)} of the {len(tasks)} images of {split} are missing (first: "
+            f"{missing[0]}): download them again or take them out of the annotation file"
         )
     _add_annotations(content["annotations"], tasks, dropped, labels, split, skipped)
     return list(tasks.values())
@@ -480,28 +482,18 @@ def _one_by_one(tasks: list[Task], settings: Settings) -> Iterator[tuple[int, di
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Turn COCO instance annotations into semantic masks for chosen classes.",
-        epilog="example: python prepare_masks.py --coco-root coco --split val2017 --out data",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "Turn COCO instance annotations into semantic masks for chosen classes.",
+        "python prepare_masks.py --coco-root coco --split val2017 --out data",
     )
+    crowds = ["ignore", "class", "background"]
     add = parser.add_argument
     add("--coco-root", type=Path, required=True, help="holds annotations/ and the images")
     add("--out", type=Path, default=Path("data"), help="data directory to write")
     add("--split", nargs="+", default=["val2017"], help="instances_<split>.json to read")
     add("--classes", nargs="+", default=CLASSES, help="category names; labels 1, 2, ... in order")
-    add(
-        "--priority",
-        nargs="+",
-        default=PRIORITY,
-        help="wins overlaps, first to last; then the rest",
-    )
-    add(
-        "--crowd",
-        choices=["ignore", "class", "background"],
-        default="ignore",
-        help="crowds of the classes become 255, their class, or nothing",
-    )
+    add("--priority", nargs="+", default=PRIORITY, help="wins overlaps; then the other classes")
+    add("--crowd", choices=crowds, default="ignore", help="crowds become 255, their class, nothing")
     add("--workers", type=int, default=default_workers(), help="processes")
     add("--strict", action="store_true", help="stop at the first annotation that cannot be used")
     return parser
@@ -529,40 +521,19 @@ def checked_classes(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def print_table(rows: list[dict], classes: list[str]) -> None:
     """Images, instances, crowds, pixels and share of the labelled pixels, a line a class."""
-    table = {key: np.array([row[key] for row in rows]) for key in ("pixels", "instances", "crowds")}
-    pixels = table["pixels"].sum(axis=0)
-    images = ((table["instances"] + table["crowds"]) > 0).sum(axis=0)
-    print(f"{'class':<16}{'images':>9}{'instances':>11}{'crowds':>8}{'pixels':>15}{'share':>9}")
+    pixels, instances, crowds = (
+        np.array([row[key] for row in rows]) for key in ("pixels", "instances", "crowds")
+    )
+    images = (instances + crowds > 0).sum(axis=0)
+    share = pixels.sum(axis=0) / max(pixels.sum(), 1)
+    ignored = np.array([row["ignored"] for row in rows])
+    line = "{:<16}{:>9}{:>11}{:>8}{:>15}{:>9}".format
+    print(line("class", "images", "instances", "crowds", "pixels", "share"))
     for label, name in enumerate(classes):
-        numbers = [
-            images[label],
-            table["instances"][:, label].sum(),
-            table["crowds"][:, label].sum(),
-        ]
-        numbers = [len(rows), "", ""] if label == 0 else numbers
-        share = pixels[label] / max(pixels.sum(), 1)
-        print(
-            f"{name:<16}{numbers[0]:>9}{numbers[1]:>11}{numbers[2]:>8}{pixels[label]:>15}{share:>9.2%}"
-        )
-    ignored = sum(row["ignored"] for row in rows)
-    print(f"{'(ignored)':<16}{sum(row['ignored'] > 0 for row in rows):>9}{'':>19}{ignored:>15}")
-
-
-def write_manifest(out: Path, content: dict) -> None:
-    """Write manifest.json atomically, an image a line."""
-    temporary = out / "manifest.json.tmp"
-    rows = content.pop("images")
-    head = json.dumps(content, indent=1).removesuffix("\n}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(head + ',\n "images": [\n  ')
-            file.write(",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out / "manifest.json")
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {out / 'manifest.json'}: {error.strerror}") from None
+        columns = (images, instances.sum(axis=0), crowds.sum(axis=0))
+        counts = [column[label] for column in columns] if label else [len(rows), "", ""]
+        print(line(name, *counts, pixels[:, label].sum(), f"{share[label]:.2%}"))
+    print(line("(ignored)", (ignored > 0).sum(), "", "", ignored.sum(), ""))
 
 
 def make_folders(out: Path) -> None:
@@ -575,6 +546,26 @@ def make_folders(out: Path) -> None:
         raise DataError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
 
 
+def collect(results: Iterator, tasks: list[Task], skipped: Skipped) -> list[dict]:
+    """Rows of the usable images, in the order of the tasks; what was skipped goes on its list."""
+
+    def note(task: Task, row: dict) -> None:
+        for reason, annotation_ids in row.get("skipped", {}).items():
+            for annotation_id in annotation_ids:
+                skipped.add(task.split, task.image_id, annotation_id, reason)
+        if "unusable" in row:
+            skipped.add(task.split, task.image_id, None, row["unusable"])
+
+    rows: list[dict | None] = [None] * len(tasks)
+    for index, row in tqdm(results, total=len(tasks), unit="image", disable=None):
+        rows[index] = row
+        if skipped.strict:
+            note(tasks[index], row)  # stops here; the list below is in order instead
+    for task, row in zip(tasks, rows):
+        note(task, row)
+    return [row for row in rows if "unusable" not in row]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Index the annotations, paint the masks, print the table, write the manifest."""
     parser = build_parser()
@@ -582,51 +573,37 @@ def main(argv: list[str] | None = None) -> None:
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give 1 or more")
     classes, priority = checked_classes(args)
-    root = args.coco_root.resolve()
+    root, splits = args.coco_root.resolve(), list(dict.fromkeys(args.split))
     if not root.is_dir():
         raise DataError(f"no folder {args.coco_root}: give the COCO root with --coco-root")
     pool = start_pool(args.workers) if args.workers > 1 else None
     skipped, masks, tasks = Skipped(args.strict), set(), []
-    for split in dict.fromkeys(args.split):
+    for split in splits:
         tasks += index_split(root, split, classes, masks, skipped, len(tasks))
 
     make_folders(args.out)
     paint_order = [classes.index(name) for name in reversed(priority)]
     settings = Settings(args.out, class_colors(len(classes)), paint_order, args.crowd)
-    rows: list[dict | None] = [None] * len(tasks)
-    results = prepare_images(tasks, settings, args.workers, pool)
-    for index, row in tqdm(results, total=len(tasks), unit="image", disable=None):
-        rows[index] = row
-        task = tasks[index]
-        if "unusable" in row:
-            skipped.add(task.split, task.image_id, None, row["unusable"])
-            rows[index] = None
-        for reason, annotation_ids in row.get("skipped", {}).items():
-            for annotation_id in annotation_ids:
-                skipped.add(task.split, task.image_id, annotation_id, reason)
-    rows = [row for row in rows if row is not None]
+    rows = collect(prepare_images(tasks, settings, args.workers, pool), tasks, skipped)
     if not rows:
-        raise DataError(f"no usable image in {root} for {', '.join(args.split)}")
-
+        raise DataError(f"no usable image in {root} for {', '.join(splits)}")
     print_table(rows, classes)
     for reason, count in skipped.reasons.most_common():
         print(f"skipped {count}: {reason}", file=sys.stderr)
-    write_manifest(
-        args.out,
-        {
-            "version": MANIFEST_VERSION,
-            "root": str(root),
-            "splits": list(dict.fromkeys(args.split)),
-            "classes": classes,
-            "colors": settings.colors,
-            "ignore_index": IGNORE_INDEX,
-            "ignore_color": IGNORE_COLOR,
-            "priority": priority,
-            "crowd": args.crowd,
-            "skipped": skipped.rows,
-            "images": rows,
-        },
-    )
+    content = {
+        "version": MANIFEST_VERSION,
+        "root": str(root),
+        "splits": splits,
+        "classes": classes,
+        "colors": settings.colors,
+        "ignore_index": IGNORE_INDEX,
+        "ignore_color": IGNORE_COLOR,
+        "priority": priority,
+        "crowd": args.crowd,
+        "skipped": skipped.rows,
+        "images": rows,
+    }
+    write_json(args.out / "manifest.json", content, indent=None)
     print(f"{len(rows)} masks in {args.out}")
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dataset import (
     DataError,
     Manifest,
+    command_parser,
     default_workers,
     evaluation_loader,
     load_manifest,
@@ -37,8 +38,9 @@ from dataset import (
     run_command,
     split_rows,
     training_loader,
+    write_json,
 )
-from evaluate import evaluate, pick_rows, predict_batches, report, write_json
+from evaluate import evaluate, pick_rows, predict_batches, report
 from losses import class_weights, total_loss
 from models import (
     ModelError,
@@ -180,13 +182,12 @@ def train_epoch(run: Run) -> tuple[float, float]:
 
 
 def mean_loss(run: Run) -> float:
-    """Mean loss of the epoch so far: the one read from the device. Raises DataError if not finite."""
+    """Mean loss of the epoch so far, read from the device. Raises DataError if not finite."""
     loss = run.progress.loss_sum.item() / run.progress.batch
     if not math.isfinite(loss):
         raise DataError(
-            f"the loss became {loss} in epoch {run.progress.epoch + 1}, within the {LOG_EVERY} steps "
-            f"before step {run.progress.step}: lower --lr, or try --amp off; "
-            f"the last good checkpoint is in {run.out}"
+            f"the loss became {loss} in epoch {run.progress.epoch + 1}, before step "
+            f"{run.progress.step}: lower --lr or try --amp off; {run.out} keeps the last good state"
         )
     return loss
 
@@ -219,7 +220,7 @@ def save(run: Run, name: str) -> None:
 
 
 def restore(run: Run, state: dict) -> None:
-    """Put a run where the checkpoint left it, and drop the lines of metrics.jsonl that came later."""
+    """Put a run where the checkpoint left it; later lines of metrics.jsonl are dropped."""
     if state["fingerprint"] != run.manifest.fingerprint:
         raise DataError(
             f"the masks in {run.args.data} are not those that the run began with: "
@@ -272,7 +273,7 @@ def catch_signals(run: Run) -> None:
 
 
 class WandbLog:
-    """Weights & Biases, which can't end a training: at its first failure it says so and goes quiet."""
+    """Weights & Biases, which can't end a training: when it fails it says so and goes quiet."""
 
     def __init__(self, run: Run, run_id: str | None):
         self.run, self.id = None, run_id
@@ -350,8 +351,8 @@ def _weights(run: Run) -> dict[str, float] | None:
 
 @torch.inference_mode()
 def validation_pictures(run: Run, matrices: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
-    """(caption, image, masks as wandb.Image takes them) of the same few validation images each time:
-    those that hold most of each class."""
+    """(caption, image, masks as wandb.Image takes them) of the same few validation images each
+    time: those that hold most of each class."""
     rows = []
     for name in run.manifest.classes[1:]:
         rows += pick_rows(name, 1, run.val_rows, matrices, run.manifest.classes)
@@ -414,68 +415,43 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a segmentation network on the masks of prepare_masks.py.",
-        epilog="example: python train.py --data data --model deeplab --focal --oversample 4",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "Train a segmentation network on the masks of prepare_masks.py.",
+        "python train.py --data data --model deeplab --focal --oversample 4",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="data", help="what prepare_masks.py wrote")
-    data.add_argument("--val-split", metavar="NAME", help="validate on this split, not on a fifth")
-    data.add_argument(
-        "--size", type=int, default=512, help="training crop, evaluation's short side"
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="data", help="what prepare_masks.py wrote")
+    add(
+        "--val-split", metavar="NAME", help="split that validates, instead of a fifth of all images"
     )
-    data.add_argument("--oversample", type=int, default=1, metavar="N", help="rare images N times")
-    data.add_argument("--rare", nargs="+", metavar="CLASS", help="instead of those in under 5%%")
-    data.add_argument("--workers", type=int, default=default_workers(), help="loader processes")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=["unet", "deeplab"], help="network (required)")
-    model.add_argument("--width", type=int, default=64, help="first channels of the U-Net")
-    model.add_argument(
-        "--weights",
-        choices=["coco", "imagenet", "none"],
-        help="pretrained start of DeepLab (default: coco for deeplab, none for unet)",
-        default=argparse.SUPPRESS,
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--focal", action="store_true", help="focal loss")
-    loss.add_argument("--gamma", type=float, default=2.0, help="exponent of the focal loss")
-    loss.add_argument("--weighted", action="store_true", help="class weights from pixel counts")
-    loop = parser.add_argument_group("loop")
-    loop.add_argument("--epochs", type=int, default=20, help="passes over the training images")
-    loop.add_argument("--batch-size", type=int, default=8, help="images a step")
-    loop.add_argument(
-        "--lr",
-        type=float,
-        help="highest learning rate (default: 1e-4 from pretrained weights, 1e-3 from scratch)",
-        default=argparse.SUPPRESS,
-    )
-    loop.add_argument(
-        "--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast"
-    )
-    loop.add_argument("--compile", action="store_true", help="torch.compile the training forward")
-    loop.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    loop.add_argument("--seed", type=int, default=0, help="of the split, weights, order, crops")
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--out", help="run directory (default: runs/<model and loss>)", default=argparse.SUPPRESS
-    )
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="go on from this checkpoint, with its arguments; without PATH from last.pt in --out",
-    )
-    run.add_argument(
-        "--save-every", type=float, default=30, metavar="MINUTES", help="write last.pt"
-    )
-    run.add_argument(
-        "--wandb",
-        choices=["auto", "online", "offline", "disabled"],
-        default="auto",
-        help="auto: online with an API key, else offline",
-    )
+    add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
+    add("--oversample", type=int, default=1, metavar="N", help="rare images N times an epoch")
+    add("--rare", nargs="+", metavar="CLASS", help="rare classes, instead of those in under 5%%")
+    add("--workers", type=int, default=default_workers(), help="loader processes")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=["unet", "deeplab"], help="network (required)")
+    add("--width", type=int, default=64, help="first channels of the U-Net")
+    choices = ["coco", "imagenet", "none"]
+    add("--weights", choices=choices, help="start (default: coco for deeplab, none for unet)")
+    add = parser.add_argument_group("loss").add_argument
+    add("--focal", action="store_true", help="focal loss")
+    add("--gamma", type=float, default=2.0, help="exponent of the focal loss")
+    add("--weighted", action="store_true", help="class weights from pixel counts")
+    add = parser.add_argument_group("loop").add_argument
+    add("--epochs", type=int, default=20, help="passes over the training images")
+    add("--batch-size", type=int, default=8, help="images a step")
+    add("--lr", type=float, help="highest rate (default: 1e-4 from weights, 1e-3 from scratch)")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    add("--compile", action="store_true", help="torch.compile the training forward")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--seed", type=int, default=0, help="of the split, the weights, the order and the crops")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="run directory (default: runs/<model and loss>)")
+    resume = "go on from this checkpoint, with its arguments; without PATH from last.pt in --out"
+    add("--resume", nargs="?", const="", metavar="PATH", help=resume)
+    add("--save-every", type=float, default=30, metavar="MINUTES", help="between two last.pt")
+    modes = ["auto", "online", "offline", "disabled"]
+    add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")
     return parser
 
 
@@ -486,23 +462,23 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    state = None
-    if args.resume is not None:
-        path = Path(args.resume or Path(getattr(args, "out", None) or default_out(args), "last.pt"))
-        state = load_checkpoint(path)
-        parser.set_defaults(**{**state["args"], "out": str(path.parent)})
-        args = parser.parse_args(argv)
-        for name, value in state["args"].items():
-            if name not in FREE_ARGUMENTS and getattr(args, name) != value:
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"{flag}: the run in {path} has {value}; --resume cannot change it")
-    else:
+    if args.resume is None:
         if args.model is None:
             parser.error("--model: choose unet or deeplab")
-        pretrained = "coco" if args.model == "deeplab" else "none"
-        args.weights = getattr(args, "weights", pretrained)
-        args.lr = getattr(args, "lr", 1e-3 if args.weights == "none" else 1e-4)
-        args.out = getattr(args, "out", None) or default_out(args)
+        args.weights = args.weights or ("coco" if args.model == "deeplab" else "none")
+        if args.lr is None:
+            args.lr = 1e-3 if args.weights == "none" else 1e-4
+        args.out = args.out or default_out(args)
+        check_args(parser, args)
+        return args, None
+    path = Path(args.resume or Path(args.out or default_out(args), "last.pt"))
+    state = load_checkpoint(path)
+    parser.set_defaults(**{**state["args"], "out": str(path.parent)})
+    args = parser.parse_args(argv)
+    for name, value in state["args"].items():
+        if name not in FREE_ARGUMENTS and getattr(args, name) != value:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag}: the run in {path} has {value}; --resume cannot change it")
     check_args(parser, args)
     return args, state
 
@@ -516,31 +492,22 @@ def default_out(args: argparse.Namespace) -> str:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work before any data is touched."""
-    for name, low in (
-        ("size", 32),
-        ("oversample", 1),
-        ("workers", 0),
-        ("width", 1),
-        ("epochs", 1),
-        ("batch_size", 1),
-        ("seed", 0),
-        ("gamma", 0),
-        ("save_every", 0),
-    ):
+    lowest = {"size": 32, "oversample": 1, "workers": 0, "width": 1, "epochs": 1, "batch_size": 1}
+    for name, low in {**lowest, "seed": 0, "gamma": 0, "save_every": 0}.items():
         if not getattr(args, name) >= low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {low} or more")
-    if not (0 < args.lr < math.inf):
-        parser.error(f"--lr {args.lr}: give a number above 0")
-    if args.model == "deeplab" and args.batch_size == 1:
-        parser.error("--batch-size 1: DeepLab's batch norm needs 2 or more images")
-    if args.model == "deeplab" and args.width != parser.get_default("width"):
-        parser.error("--width: only the U-Net has one")
-    if args.model == "unet" and args.weights != "none":
-        parser.error(f"--weights {args.weights}: there are none for the U-Net")
-    if args.gamma != 2.0 and not args.focal:
-        parser.error("--gamma: only with --focal")
-    if args.rare and args.oversample == 1:
-        parser.error("--rare: only with --oversample 2 or more")
+    wrong = {
+        f"--lr {args.lr}: give a number above 0": not 0 < args.lr < math.inf,
+        "--batch-size 1: DeepLab's batch norm needs 2 or more images": args.model == "deeplab"
+        and args.batch_size == 1,
+        "--width: only the U-Net has one": args.model == "deeplab" and args.width != 64,
+        "--weights: there are none for the U-Net": args.model == "unet" and args.weights != "none",
+        "--gamma: only with --focal": args.gamma != 2.0 and not args.focal,
+        "--rare: only with --oversample 2 or more": args.rare and args.oversample == 1,
+    }
+    for message, applies in wrong.items():
+        if applies:
+            parser.error(message)
 
 
 def build_run(args: argparse.Namespace, state: dict | None) -> Run:
@@ -602,9 +569,7 @@ def describe(run: Run, train_rows: np.ndarray) -> None:
     print(
         f"{args.model}, {millions:.1f} M parameters, on {run.device} in {precision} -> {args.out}"
     )
-    print(
-        f"{len(train_rows)} training images, {len(run.val_rows)} validation images; pixels: {shares}"
-    )
+    print(f"{len(train_rows)} training and {len(run.val_rows)} validation images; pixels: {shares}")
     if args.oversample > 1:
         epoch = len(run.loader.batch_sampler.rows)
         print(f"images with {', '.join(run.rare)} {args.oversample} times: {epoch} images an epoch")

@@ -32,13 +32,13 @@ LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal"]
 PER_CLASS = 4
 SETTINGS = {  # sized for two CPU cores
-    "unet": ["--size", 64, "--width", 16, "--batch-size", 8, "--lr", 4e-3, "--epochs", 32],
+    "unet": ["--size", 80, "--width", 16, "--batch-size", 8, "--lr", 4e-3, "--epochs", 48],
     "deeplab": ["--size", 64, "--weights", "none", "--batch-size", 4, "--lr", 1e-3, "--epochs", 8],
 }
 
 
 def whole_image(size: int):
-    """Transform of the whole image at evaluation's scale, padded to a square (image 0, mask 255)."""
+    """Transform of the whole image at evaluation's scale, padded to a square (mask: 255)."""
 
     def transform(image: tv_tensors.Image, mask: tv_tensors.Mask):
         side = 3 * size // 2
@@ -95,22 +95,24 @@ def main() -> None:
     parser.add_argument("--split", default="train2017")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     args = parser.parse_args()
     dataset.training_transform = whole_image
     if not (args.out / "coco").exists():
         cut(args.coco_root, args.split, args.out)
     data = args.out / "data"
     splits = ["--split", "train2017", "val2017"]
-    run(prepare_masks, "--coco-root", args.out / "coco", *splits, "--out", data)
+    if not (data / "manifest.json").exists():
+        run(prepare_masks, "--coco-root", args.out / "coco", *splits, "--out", data)
     everything = ["--oversample", 8, "--rare", *load_manifest(data).classes[1:]]
     checkpoints = []
     for model in args.models:
-        for name, flags in LOSSES.items():
+        for name in args.losses:
             out = args.out / "runs" / f"{model}-{name}"
             checkpoints.append(out / "best.pt")
             if not (out / "last.pt").exists():
                 common = ["--data", data, "--val-split", "val2017", "--wandb", "disabled"]
-                settings = [*SETTINGS[model], *flags, *everything]
+                settings = [*SETTINGS[model], *LOSSES[name], *everything]
                 run(train, *common, "--model", model, *settings, "--out", out)
     report = ["--json", args.out / "report.json", "--panels", 8, "--pick", "worst"]
     run(evaluate, "--ckpt", *checkpoints, *report)

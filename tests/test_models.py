@@ -75,7 +75,7 @@ def hub(tmp_path_factory):
     donor = deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True).eval()
     weights = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
     torch.save(donor.state_dict(), folder / "hub" / "checkpoints" / Path(weights.url).name)
-    backbone = {f: v for f, v in donor.backbone.state_dict().items()}
+    backbone = dict(donor.backbone.state_dict())
     backbone |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
     name = Path(ResNet50_Weights.IMAGENET1K_V1.url).name
     torch.save(backbone, folder / "hub" / "checkpoints" / name)

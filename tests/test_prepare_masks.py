@@ -46,7 +46,7 @@ def oracle(annotations, height, width, labels, priority, crowd):
         return rle.decode({"size": segmentation["size"], "counts": counts}) > 0
 
     if crowd == "ignore":
-        for name, segmentation, iscrowd in annotations:
+        for _, segmentation, iscrowd in annotations:
             if iscrowd:
                 mask[decode(segmentation)] = 255
     for name in reversed(priority):

@@ -1,0 +1,51 @@
+"""Every command of the README parses, and every file and flag that it names exists."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS
+
+README = (SCRIPTS / "README.md").read_text()
+COMMANDS = re.findall(r"python (\w+)\.py ([^\n`|&]*)", README)
+
+
+@pytest.mark.parametrize(("script", "arguments"), COMMANDS)
+def test_command_parses(script, arguments):
+    module = importlib.import_module(script)
+    arguments = shlex.split(arguments)
+    if script == "train":
+        module.parse_args(arguments)
+    else:
+        module.build_parser().parse_args(arguments)
+
+
+def test_there_are_commands():
+    assert {script for script, _ in COMMANDS} == {"prepare_masks", "train", "evaluate"}
+
+
+def test_flags_in_tables_exist():
+    for script, flags in re.findall(r"`(\w+)\.py ((?:--[\w-]+ ?)+)`", README):
+        known = importlib.import_module(script).build_parser().format_help()
+        for flag in flags.split():
+            assert re.search(rf"{flag}\b", known), flag
+
+
+@pytest.mark.parametrize("script", ["prepare_masks", "train", "evaluate", "demo"])
+def test_help_shows_an_example_that_parses_and_the_defaults(script):
+    parser = importlib.import_module(script).build_parser()
+    example = shlex.split(parser.epilog.removeprefix("example: python "))
+    assert example[0] == f"{script}.py"
+    parser.parse_args(example[1:])
+    assert "(default: " in parser.format_help()
+
+
+def test_files_and_make_targets_exist():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (SCRIPTS / name).exists(), name
+    targets = (SCRIPTS / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in targets
+    assert Path(SCRIPTS / ".ci" / "run").exists()
