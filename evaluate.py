@@ -277,7 +277,7 @@ def pick_rows(
         value = scores(matrices)["foreground_miou"]
         order = np.argsort(value if pick == "worst" else -value, kind="stable")
         order = order[: np.count_nonzero(~np.isnan(value))]  # NaN, nothing to see, sorts last
-    return sorted(rows[order[:count]].tolist())
+    return rows[order[:count]].tolist()
 
 
 def overlay(image: torch.Tensor, mask: torch.Tensor, manifest: Manifest) -> torch.Tensor:

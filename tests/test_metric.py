@@ -102,6 +102,6 @@ def test_pick_rows():
     rows, classes = np.array([10, 20, 30, 40]), ["background", "person", "car"]
     assert pick_rows("worst", 1, rows, matrices, classes) == [20]
     assert pick_rows("best", 1, rows, matrices, classes) == [10]
-    assert pick_rows("best", 9, rows, matrices, classes) == [10, 20, 30]
+    assert pick_rows("best", 9, rows, matrices, classes) == [10, 30, 20]
     assert pick_rows("car", 9, rows, matrices, classes) == [30]
     assert len(pick_rows("random", 2, rows, matrices, classes)) == 2

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import wandb
 from conftest import SCRIPTS, TINY, command
+from PIL import Image
 from wandb_file import records
 
 import train
@@ -200,10 +203,14 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
         assert logged["val/miou"] == pytest.approx(line["val_miou"])
         for name, iou in line["val_iou"].items():
             assert iou is None or logged[f"val/iou/{name}"] == pytest.approx(iou)
-        for number in range(4):
-            picture = logged[f"examples/{number}"]
-            assert picture["_type"] == "image-file"
-            assert set(picture["masks"]) == {"prediction", "ground_truth"}
+        assert logged["examples/0/_type"] == "image-file"
+        for name in ("prediction", "ground_truth"):
+            path = logged[f"examples/0/masks/{name}/path"]
+            (picture,) = (out / "wandb").rglob(Path(path).name)
+            assert Image.open(picture).size == (
+                logged["examples/0/width"],
+                logged["examples/0/height"],
+            )
     assert summary["best/foreground_miou"] == pytest.approx(
         max(line["val_foreground_miou"] for line in lines_of(out))
     )
@@ -278,3 +285,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, refused):
     assert "the loss became" in refused("train", *flags)
     assert "lower --lr" in refused("train", *flags)
     assert not (out / "best.pt").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_label_out_of_range_is_one_sentence_from_any_process(data, tmp_path, workers):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    manifest = load_manifest(copy)
+    path = copy / "masks_raw" / manifest.masks[2]
+    Image.fromarray(np.full(manifest.sizes[2], 9, dtype=np.uint8)).save(path)
+    flags = [*TINY, "--model", "unet", "--workers", workers, "--out", tmp_path / "run"]
+    result = command("train.py", "--data", copy, *flags)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    expected = (
+        f"train.py: error: {path} holds the label 9, which is neither a class (0 to 4) nor 255"
+    )
+    assert result.stderr.strip().startswith(expected)
+
+
+def test_bf16_on_a_cpu(data, tmp_path):
+    flags = [*TINY, "--model", "unet", "--epochs", "1", "--amp", "bf16"]
+    train.main(["--data", str(data), *flags, "--out", str(tmp_path / "run")])
+    (line,) = lines_of(tmp_path / "run")
+    assert 0 < line["train_loss"] < 10
