@@ -314,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
         "python demo.py --out demo",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="its folder, emptied first")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of training")
+    parser.add_argument("--epochs", type=int, default=7, help="epochs of training")
     return parser
 
 

@@ -243,9 +243,8 @@ def print_table(entries: list[dict]) -> None:
             pairs = [*entry["interval"]["iou"].values(), *(entry["interval"][k] for k in MEANS)]
             cells = [f"{percent(low)}-{percent(high)}" for low, high in pairs]
             print(" " * names + "".join(f"{cell:>{width}}" for cell in cells))
-    print(
-        f"{entries[0]['images']} images; the second lines are 95% bootstrap intervals over images"
-    )
+    note = "; below each IoU its 95% bootstrap interval over images"
+    print(f"{entries[0]['images']} images{note if 'interval' in entries[0] else ''}")
     for entry in entries[1:]:
         for key, d in entry.get("difference", {}).items():
             low, high = d["interval"]
@@ -266,17 +265,18 @@ def percent(value: float | None) -> str:
 def pick_rows(
     pick: str, count: int, rows: np.ndarray, matrices: np.ndarray, classes: list[str]
 ) -> list[int]:
-    """`count` rows to draw: "worst" or "best" by an image's own foreground mIoU, "random" ones, or
-    those that hold most of a class."""
-    if pick == "random":
-        order = np.random.default_rng(0).permutation(len(rows))
-    elif pick in classes:
+    """`count` rows to draw: "worst" or "best" by an image's own foreground mIoU, "random" ones of
+    those that have one (neither mask nor prediction is all background), or those that hold most of
+    a class."""
+    if pick in classes:
         area = matrices[:, classes.index(pick)].sum(axis=1)
         order = np.argsort(-area, kind="stable")[: np.count_nonzero(area)]
-    else:
-        value = scores(matrices)["foreground_miou"]
-        order = np.argsort(value if pick == "worst" else -value, kind="stable")
-        order = order[: np.count_nonzero(~np.isnan(value))]  # NaN, nothing to see, sorts last
+        return rows[order[:count]].tolist()
+    value = scores(matrices)["foreground_miou"]
+    order = np.argsort(-value if pick == "best" else value, kind="stable")  # NaN sorts last
+    order = order[: np.count_nonzero(~np.isnan(value))]
+    if pick == "random":
+        order = np.random.default_rng(0).permutation(order)
     return rows[order[:count]].tolist()
 
 

@@ -104,4 +104,5 @@ def test_pick_rows():
     assert pick_rows("best", 1, rows, matrices, classes) == [10]
     assert pick_rows("best", 9, rows, matrices, classes) == [10, 30, 20]
     assert pick_rows("car", 9, rows, matrices, classes) == [30]
+    assert sorted(pick_rows("random", 9, rows, matrices, classes)) == [10, 20, 30]
     assert len(pick_rows("random", 2, rows, matrices, classes)) == 2
