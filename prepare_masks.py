@@ -306,6 +306,8 @@ def index_split(
     for image in content["images"]:
         image_id = image.get("id") if isinstance(image, dict) else None
         try:
+            if type(image_id) is not int or not 0 <= image_id < 2**63:
+                raise Unusable("image without an id")
             if image_id in tasks:
                 raise Unusable("duplicate image id")
             task = _image_task(image, root, folder, split, masks, first + len(tasks))
@@ -327,11 +329,7 @@ def index_split(
     return list(tasks.values())
 
 
-def _image_task(
-    image: object, root: Path, folder: Path, split: str, masks: set, index: int
-) -> Task:
-    if not isinstance(image, dict) or type(image.get("id")) is not int:
-        raise Unusable("image without an id")
+def _image_task(image: dict, root: Path, folder: Path, split: str, masks: set, index: int) -> Task:
     height, width, name = image.get("height"), image.get("width"), image.get("file_name")
     if type(height) is not int or type(width) is not int or height < 1 or width < 1:
         raise Unusable("image height or width is not a whole number from 1 up")
@@ -444,21 +442,24 @@ def prepare_images(
 
     def submit(chunks: Iterable[list[Task]]) -> None:
         for chunk in chunks:
-            under_way[pool.submit(_prepare_chunk, chunk, settings)] = chunk
+            try:
+                under_way[pool.submit(_prepare_chunk, chunk, settings)] = chunk
+            except BrokenProcessPool:
+                broken.extend(chunk)
 
     try:
         submit(islice(chunks, 3 * workers))
-        while under_way:
+        while under_way or broken:
             done, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in done:
                 chunk = under_way.pop(future)
                 try:
                     yield from future.result()
                 except BrokenProcessPool:
-                    broken += chunk
+                    broken.extend(chunk)
             if broken and not under_way:
                 yield from _one_by_one(broken, settings)
-                broken = []
+                broken.clear()
                 pool = start_pool(workers)
                 submit(islice(chunks, 3 * workers))
             elif not broken:
@@ -468,7 +469,7 @@ def prepare_images(
 
 
 def _one_by_one(tasks: list[Task], settings: Settings) -> Iterator[tuple[int, dict]]:
-    tqdm.write(f"a worker died; its images and others ({len(tasks)}) are done one by one")
+    tqdm.write(f"a worker died; the {len(tasks)} images under way are done again, one by one")
     for task in tasks:
         with start_pool(1) as pool:
             try:

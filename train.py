@@ -306,7 +306,8 @@ class WandbLog:
             settings=wandb.Settings(init_timeout=60, console="off", silent=True),
         )
         self.id = self.run.id
-        print(f"Weights & Biases: {self.run.url or f'offline, wandb sync {self.run.dir}/..'}")
+        offline = f"offline; to upload: wandb sync {Path(self.run.dir).parent}"
+        print(f"Weights & Biases: {self.run.url or offline}")
 
     def log(self, run: Run, line: dict, pictures: list[tuple[str, np.ndarray, dict]]) -> None:
         """Log a line of metrics.jsonl and (caption, image, masks) of a few validation images."""
@@ -524,6 +525,11 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
         if name not in manifest.classes[1:]:
             raise DataError(f"--rare {name}: choose from {', '.join(manifest.classes[1:])}")
     rare = args.rare or rare_classes(manifest, train_rows)
+    if args.oversample > 1 and not rare:
+        raise DataError(
+            f"--oversample {args.oversample}: no class is in fewer than 5% of the training images; "
+            "name those to repeat with --rare"
+        )
     epoch_rows = oversample(manifest, train_rows, rare, args.oversample)
     if len(epoch_rows) < args.batch_size:
         raise DataError(

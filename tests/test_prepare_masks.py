@@ -1,10 +1,14 @@
 """Masks against an oracle that paints one instance at a time, and what bad annotations get."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import CATEGORIES, REAL, annotation, needs_real_images, polygon, write_coco
+from conftest import CATEGORIES, REAL, SCRIPTS, annotation, needs_real_images, polygon, write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -258,6 +262,8 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
         {**content["images"][0], "id": 53, "height": 0},
         {**content["images"][0], "id": 54, "width": 10**9},
         {"id": 55},
+        {"id": [5]},
+        {"id": 2**63},
     ]
     (tmp_path / "val2017" / "c.jpg").write_bytes((tmp_path / "val2017" / "a.jpg").read_bytes())
     content["images"].append({**content["images"][0], "id": 56, "file_name": "c.jpg", "width": 31})
@@ -268,13 +274,13 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
     assert rows["a.png"]["pixels"][:2] == [575, 25]
     assert sum(len(ids) for ids in rows["a.png"]["skipped"].values()) == 2
     skipped = json.loads((out / "manifest.json").read_text())["skipped"]
-    reasons = {(s["image_id"], s["annotation_id"]): s["reason"] for s in skipped}
-    assert reasons[(77, 2000)] == "annotation of an unknown image"
-    assert reasons[(1, 2001)] == "category is not in categories"
-    assert reasons[(1, 2002)] == "iscrowd is neither 0 nor 1"
-    assert reasons[(50, None)] == "another image has the same mask name"
-    assert reasons[(56, None)] == "image file has another size than the annotations say"
-    assert len(skipped) == 2 + 5 + 8
+    reasons = {(str(s["image_id"]), s["annotation_id"]): s["reason"] for s in skipped}
+    assert reasons[("77", 2000)] == "annotation of an unknown image"
+    assert reasons[("1", 2001)] == "category is not in categories"
+    assert reasons[("1", 2002)] == "iscrowd is neither 0 nor 1"
+    assert reasons[("50", None)] == "another image has the same mask name"
+    assert reasons[("56", None)] == "image file has another size than the annotations say"
+    assert len(skipped) == 2 + 5 + 10
     err = capsys.readouterr().err
     assert "skipped 2: file_name is not a file name" in err
     assert not list(tmp_path.rglob("../*.png"))
@@ -332,6 +338,58 @@ def test_a_failed_second_run_leaves_no_manifest(tmp_path, refused):
     flags = ["--coco-root", tmp_path, "--out", out, "--workers", 1]
     assert str(out / "masks_colored" / "a.png") in refused("prepare_masks", *flags)
     assert not (out / "manifest.json").exists()
+
+
+def run_mutants(root, split, work, count):
+    work.mkdir()
+    line = [sys.executable, str(SCRIPTS / "tests" / "mutate.py"), root, split, work, 0, count]
+    result = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=280)
+    ended = result.stdout.splitlines()[-1] if result.stdout else ""
+    assert result.returncode == 0, f"{ended}\n{result.stderr[-2000:]}"
+    prepared = sum(line.endswith("prepared") for line in result.stdout.splitlines())
+    refused = sum("refused:" in line for line in result.stdout.splitlines())
+    assert prepared + refused == count
+    assert prepared > count / 4  # most damage costs an annotation, not the file
+
+
+def test_no_mutated_annotation_file_breaks_it(tmp_path):
+    crowd = runs(np.random.default_rng(0).random((30, 40)) < 0.1)
+    text = rle.encode(np.ones((30, 40), dtype=np.uint8, order="F"))["counts"].decode()
+    write_coco(tmp_path / "root", [(f"{i}.jpg", 30, 40, [
+        annotation("person", crowd, iscrowd=1),
+        annotation("dog", {"size": [30, 40], "counts": text}),
+        annotation("bus", polygon(0, 0, 30, 20)),
+        annotation("chair", polygon(0, 0, 40, 30)),
+    ]) for i in range(4)])  # fmt: skip
+    run_mutants(tmp_path / "root", "val2017", tmp_path / "work", 400)
+
+
+@needs_real_images
+def test_no_mutant_of_real_annotations_breaks_it(tmp_path):
+    run_mutants(REAL, "val2017", tmp_path / "work", 300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+@pytest.mark.parametrize("always", [True, False])
+def test_a_dying_worker_costs_at_most_the_image_it_held(tmp_path, monkeypatch, always):
+    images = [(f"{i:03}.jpg", 9, 9, [annotation("person", polygon(1, 1, 4, 4))]) for i in range(99)]
+    write_coco(tmp_path, images)
+    original, marker = prepare_masks.prepare_image, tmp_path / "died"
+
+    def deadly(task, settings):
+        if task.image_id == 50 and (always or not marker.exists()):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(task, settings)
+
+    monkeypatch.setattr(prepare_masks, "prepare_image", deadly)  # forked workers inherit it
+    rows = prepare(tmp_path, tmp_path / "data", "--workers", "2")
+    assert marker.exists()
+    assert len(rows) == 99 - always
+    assert ("049.png" in rows) != always
+    skipped = json.loads((tmp_path / "data" / "manifest.json").read_text())["skipped"]
+    reasons = [(entry["image_id"], entry["reason"]) for entry in skipped]
+    assert reasons == [(50, "a worker process died on it")] * always
 
 
 def test_category_ids_are_found_by_name():

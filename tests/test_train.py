@@ -256,6 +256,14 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert "--rare cow" in refused("train", *base, "--oversample", 2, "--rare", "cow")
     assert "train2017, val2017" in refused("train", *base, "--val-split", "test2017")
     assert "24 training images" in refused("train", *base, "--batch-size", 100)
+    only_people = tmp_path / "people"
+    shutil.copytree(data, only_people)
+    content = json.loads((only_people / "manifest.json").read_text())
+    for image in content["images"]:
+        image["pixels"][2:] = [0, 0, 0]
+    (only_people / "manifest.json").write_text(json.dumps(content))
+    sentence = refused("train", *base, "--data", only_people, "--oversample", 2)
+    assert "no class is in fewer than 5%" in sentence
     assert "fp16 needs a GPU" in refused("train", *base, "--amp", "fp16")
     if not torch.cuda.is_available():
         assert "no device 'cuda'" in refused("train", *base, "--device", "cuda")
