@@ -23,7 +23,7 @@ def test_command_parses(script, arguments):
 
 
 def test_there_are_commands():
-    assert {script for script, _ in COMMANDS} == {"prepare_masks", "train", "evaluate", "demo"}
+    assert {script for script, _ in COMMANDS} == {"prepare_masks", "train", "evaluate"}
 
 
 def test_flags_in_tables_exist():
