@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from dataset import DataError, command_parser, run_command
+from manifest import DataError, command_parser, run_command
 
 COMMANDS = [
     "prepare_masks.py --coco-root {out}/coco --split train2017 val2017 --out {out}/data",

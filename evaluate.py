@@ -19,17 +19,19 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 from dataset import (
+    evaluation_loader,
+    normalize,
+    read_pair,
+    resized_size,
+)
+from manifest import (
     IGNORE_COLOR,
     IGNORE_INDEX,
     DataError,
     Manifest,
     command_parser,
     default_workers,
-    evaluation_loader,
     load_manifest,
-    normalize,
-    read_pair,
-    resized_size,
     run_command,
     write_json,
 )

@@ -15,14 +15,18 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import sys
 import threading
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +34,7 @@ from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from dataset import (
+from manifest import (
     BACKGROUND,
     IGNORE_COLOR,
     IGNORE_INDEX,
@@ -72,7 +76,7 @@ class Settings(NamedTuple):
     """What holds for all images. `paint_order`: labels from the back to the front."""
 
     out: Path
-    colors: list[tuple[int, int, int]]
+    colors: tuple[tuple[int, int, int], ...]
     paint_order: list[int]
     crowd: str
 
@@ -112,12 +116,15 @@ def _checked_polygon(polygon: object) -> np.ndarray:
     if len(polygon) < 6 or len(polygon) % 2:
         raise Unusable("polygon has fewer than 6 or an odd count of numbers")
     # A bool is an int and "1" converts to 1.0, so the types are looked at before the values.
-    if not all(type(number) in (int, float) for number in polygon):
+    if not {int, float}.issuperset(map(type, polygon)):
         raise Unusable("polygon holds something other than numbers")
-    if not all(-MAX_COORDINATE <= number <= MAX_COORDINATE for number in polygon):
+    try:
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    except OverflowError:  # an int with more digits than a float can have
+        points = np.full((1, 2), np.inf)
+    if not (np.abs(points) <= MAX_COORDINATE).all():  # nor is NaN
         raise Unusable("polygon coordinate is not finite or out of bounds")
-    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-    edges = np.abs(points - np.roll(points, 1, axis=0))
+    edges = np.abs(points - np.concatenate([points[-1:], points[:-1]]))
     if edges.max(axis=1).sum() > MAX_OUTLINE:
         raise Unusable("polygon outline is out of bounds")
     return points.ravel()
@@ -153,12 +160,8 @@ def _decompressed(text: str) -> list[int]:
 # --- one image ---------------------------------------------------------------------------------
 
 
-def paint(task: Task, settings: Settings) -> tuple[np.ndarray, dict]:
-    """(H, W) uint8 labels of an image, and what the manifest's row says of its annotations.
-
-    A class is painted once, as the union of its instances, from the back of the priority to the
-    front; ignored crowds come first, so that any instance covers them.
-    """
+def encode_layers(task: Task, settings: Settings) -> tuple[dict[int, list[dict]], dict]:
+    """RLEs by label (ignored crowds: 255), and what the manifest's row says of the annotations."""
     count = len(settings.colors)
     instances, crowds, skipped = [0] * count, [0] * count, defaultdict(list)
     layers = defaultdict(list)
@@ -173,15 +176,53 @@ def paint(task: Task, settings: Settings) -> tuple[np.ndarray, dict]:
             layers[label].append(encoded)
         elif settings.crowd == "ignore":
             layers[IGNORE_INDEX].append(encoded)
-    mask = np.zeros((task.width, task.height), dtype=np.uint8)  # transposed: RLE runs down columns
-    for label in [IGNORE_INDEX, *settings.paint_order]:
+    return layers, {"instances": instances, "crowds": crowds, "skipped": dict(skipped)}
+
+
+def paint(
+    layers: dict[int, list[dict]], paint_order: list[int], height: int, width: int
+) -> np.ndarray:
+    """(H, W) uint8 labels. Each class is painted once, as the union of its instances, in
+    `paint_order`; ignored crowds come first, so that any instance covers them."""
+    mask = np.zeros((width, height), dtype=np.uint8)  # transposed: RLE runs down columns
+    for label in [IGNORE_INDEX, *paint_order]:
         if label in layers:
             mask[rle.decode(rle.merge(layers[label])).T.view(bool)] = label
-    return np.ascontiguousarray(mask.T), {
-        "instances": instances,
-        "crowds": crowds,
-        "skipped": dict(skipped),
+    return np.ascontiguousarray(mask.T)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file of (H, W) or (H, W, 3) uint8.
+
+    Pillow tries five filters on each row of what has long runs anyway, and takes twice as long.
+    """
+    height, width = pixels.shape[:2]
+    rows = pixels.reshape(height, -1)
+    filtered = np.zeros((height, 1 + rows.shape[1]), dtype=np.uint8)  # 0 before each: no filter
+    filtered[:, 1:] = rows
+    color_type = 2 if pixels.ndim == 3 else 0
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0),
+        b"IDAT": zlib.compress(filtered, level=1),
+        b"IEND": b"",
     }
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in chunks.items():
+        checksum = zlib.crc32(data, zlib.crc32(name))
+        parts += [struct.pack(">I", len(data)), name, data, struct.pack(">I", checksum)]
+    return b"".join(parts)
+
+
+def mask_files(mask: np.ndarray, colors: tuple) -> tuple[bytes, bytes, list[int]]:
+    """The index PNG and the coloured PNG of a mask, and the pixel count of each of 256 labels."""
+    colored = np.asarray(color_mask(mask, colors))
+    return png(mask), png(colored), Image.fromarray(mask).histogram()
+
+
+@lru_cache(maxsize=1024)
+def blank_files(height: int, width: int, colors: tuple) -> tuple[bytes, bytes, list[int]]:
+    """`mask_files` of an image that holds none of the classes: made once a size."""
+    return mask_files(np.zeros((height, width), dtype=np.uint8), colors)
 
 
 def check_image_file(task: Task) -> None:
@@ -203,17 +244,15 @@ def prepare_image(task: Task, settings: Settings) -> dict:
         check_image_file(task)
     except Unusable as reason:
         return {"unusable": str(reason)}
-    mask, annotations = paint(task, settings)
-    counts = np.bincount(mask.ravel(), minlength=256).tolist()
-    for folder, image in (
-        ("masks_raw", Image.fromarray(mask)),
-        ("masks_colored", color_mask(mask, settings.colors)),
-    ):
-        path = settings.out / folder / task.mask
-        try:
-            image.save(path, compress_level=1)
-        except OSError as error:
-            raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+    layers, annotations = encode_layers(task, settings)
+    size = task.height, task.width
+    if layers:
+        files = mask_files(paint(layers, settings.paint_order, *size), settings.colors)
+    else:
+        files = blank_files(*size, settings.colors)
+    raw, colored, counts = files
+    write_file(settings.out / "masks_raw" / task.mask, raw)
+    write_file(settings.out / "masks_colored" / task.mask, colored)
     return {
         "id": task.image_id,
         "split": task.split,
@@ -225,6 +264,16 @@ def prepare_image(task: Task, settings: Settings) -> dict:
         "ignored": counts[IGNORE_INDEX],
         **annotations,
     }
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all. Raises DataError."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 # --- annotation files --------------------------------------------------------------------------
@@ -302,6 +351,7 @@ def index_split(
     content = read_annotations(root, split)
     labels = category_labels(content, classes, root / "annotations" / f"instances_{split}.json")
     folder = image_folder(root, split)
+    inside = tuple(os.path.realpath(base) + os.sep for base in (root, folder))
     tasks, missing, dropped = {}, [], set()
     for image in content["images"]:
         image_id = image.get("id") if isinstance(image, dict) else None
@@ -310,7 +360,9 @@ def index_split(
                 raise Unusable("image without an id")
             if image_id in tasks:
                 raise Unusable("duplicate image id")
-            task = _image_task(image, root, folder, split, masks, first + len(tasks))
+            task = _image_task(image, split, root, folder, inside, first + len(tasks))
+            if task.mask.casefold() in masks:
+                raise Unusable("another image has the same mask name")
         except Unusable as reason:
             skipped.add(split, image_id, None, str(reason))
             if type(image_id) is int:
@@ -329,7 +381,9 @@ def index_split(
     return list(tasks.values())
 
 
-def _image_task(image: dict, root: Path, folder: Path, split: str, masks: set, index: int) -> Task:
+def _image_task(
+    image: dict, split: str, root: Path, folder: Path, inside: tuple[str, ...], index: int
+) -> Task:
     height, width, name = image.get("height"), image.get("width"), image.get("file_name")
     if type(height) is not int or type(width) is not int or height < 1 or width < 1:
         raise Unusable("image height or width is not a whole number from 1 up")
@@ -337,20 +391,18 @@ def _image_task(image: dict, root: Path, folder: Path, split: str, masks: set, i
         raise Unusable(f"image has more than {MAX_PIXELS} pixels")
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         raise Unusable("file_name is not a file name")
-    path = folder / name
+    relative = PurePosixPath(name)
+    mask = relative.stem + ".png"
     try:
-        real = Path(os.path.realpath(path))
-        mask = Path(name).stem + ".png"
+        path = folder / relative
+        real = os.path.realpath(path)
         too_long = len(os.fsencode(mask)) > 255
     except (OSError, ValueError):
         raise Unusable("file_name is not a file name") from None
-    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).stem or too_long:
+    if relative.is_absolute() or ".." in relative.parts or not relative.stem or too_long:
         raise Unusable("file_name is not a file name")
-    inside = (Path(os.path.realpath(base)) for base in (root, folder))
-    if not any(real.is_relative_to(base) for base in inside):
+    if not real.startswith(inside):
         raise Unusable("file_name leads out of the root")
-    if mask.casefold() in masks:
-        raise Unusable("another image has the same mask name")
     file = path.relative_to(root).as_posix()
     return Task(index, image["id"], split, path, file, mask, height, width, [])
 
@@ -584,7 +636,7 @@ def main(argv: list[str] | None = None) -> None:
 
     make_folders(args.out)
     paint_order = [classes.index(name) for name in reversed(priority)]
-    settings = Settings(args.out, class_colors(len(classes)), paint_order, args.crowd)
+    settings = Settings(args.out, tuple(class_colors(len(classes))), paint_order, args.crowd)
     rows = collect(prepare_images(tasks, settings, args.workers, pool), tasks, skipped)
     if not rows:
         raise DataError(f"no usable image in {root} for {', '.join(splits)}")

@@ -25,23 +25,25 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import (
-    DataError,
-    Manifest,
-    command_parser,
-    default_workers,
     evaluation_loader,
-    load_manifest,
     normalize,
     oversample,
     rare_classes,
     read_pair,
-    run_command,
     split_rows,
     training_loader,
-    write_json,
 )
 from evaluate import evaluate, pick_rows, predict_batches, report
 from losses import class_weights, total_loss
+from manifest import (
+    DataError,
+    Manifest,
+    command_parser,
+    default_workers,
+    load_manifest,
+    run_command,
+    write_json,
+)
 from models import (
     ModelError,
     amp_dtype,

@@ -125,7 +125,7 @@ def refused(capsys):
     """Run a script's main in this process; it must refuse with one sentence and exit code 2."""
     import importlib
 
-    from dataset import DataError, run_command
+    from manifest import DataError, run_command
     from models import ModelError
 
     def run(script, *arguments):

@@ -26,7 +26,7 @@ import dataset
 import evaluate
 import prepare_masks
 import train
-from dataset import load_manifest
+from manifest import load_manifest
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal"]

@@ -14,14 +14,10 @@ from torchvision import tv_tensors
 
 import dataset
 from dataset import (
-    DataError,
     EpochBatches,
     TrainingSet,
-    class_colors,
-    color_mask,
     evaluation_input,
     evaluation_loader,
-    load_manifest,
     normalize,
     oversample,
     padded_size,
@@ -33,6 +29,7 @@ from dataset import (
     training_loader,
     training_transform,
 )
+from manifest import DataError, class_colors, color_mask, load_manifest
 
 
 def fake_manifest(pixels, splits=None, ids=None):

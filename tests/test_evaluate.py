@@ -14,12 +14,12 @@ import evaluate as evaluation
 from dataset import (
     evaluation_input,
     evaluation_loader,
-    load_manifest,
     normalize,
     read_pair,
     resized_size,
 )
 from evaluate import evaluate, native_prediction, scores
+from manifest import load_manifest
 from models import load_checkpoint, model_from_checkpoint
 
 CPU = torch.device("cpu")

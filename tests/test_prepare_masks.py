@@ -1,21 +1,36 @@
 """Masks against an oracle that paints one instance at a time, and what bad annotations get."""
 
+import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CATEGORIES, REAL, SCRIPTS, annotation, needs_real_images, polygon, write_coco
+from conftest import (
+    CATEGORIES,
+    REAL,
+    SCRIPTS,
+    annotation,
+    command,
+    needs_real_images,
+    polygon,
+    write_coco,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
 import prepare_masks
-from prepare_masks import Settings, Task, Unusable, encode, paint
+from prepare_masks import Settings, Task, Unusable, encode, encode_layers, paint, png
 
 CLASSES = ["person", "car", "bus", "dog"]
 
@@ -105,7 +120,8 @@ def test_equals_the_oracle_on_generated_scenes(scene, priority, crowd):
     rows = [(i, labels[name], c, s) for i, (name, s, c) in enumerate(annotations)]
     task = Task(0, 1, "val2017", None, "", "", height, width, rows)
     order = [labels[name] for name in reversed(priority)]
-    mask, counts = paint(task, Settings(None, [(0, 0, 0)] * 5, order, crowd))
+    layers, counts = encode_layers(task, Settings(None, [(0, 0, 0)] * 5, order, crowd))
+    mask = paint(layers, order, height, width)
     assert counts["skipped"] == {}
     expected = oracle(annotations, height, width, labels, priority, crowd)
     np.testing.assert_array_equal(mask, expected)
@@ -182,6 +198,17 @@ def test_colored_masks_show_the_manifests_colors(data):
         assert image.mode == "RGB"
         for label in np.unique(mask):
             assert (np.array(image)[mask == label] == palette[label]).all()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+def test_png_is_read_back(height, width, rgb, seed):
+    shape = (height, width, 3) if rgb else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    with Image.open(io.BytesIO(png(pixels))) as image:
+        assert image.mode == ("RGB" if rgb else "L")
+        image.verify()
+    with Image.open(io.BytesIO(png(pixels))) as image:
+        np.testing.assert_array_equal(np.array(image), pixels)
 
 
 def test_layout_with_an_images_folder_and_nested_file_names(tmp_path):
@@ -318,7 +345,7 @@ def test_refusals(coco, tmp_path, refused):
     root = tmp_path / "broken"
     path = write_coco(root, [("a.jpg", 20, 30, [])])
     whole = path.read_text()
-    for text in ("", whole[: len(whole) // 2], "[]", '{"images": [], "annotations": {}}', "\x00"):
+    for text in ("", whole[: len(whole) // 2], "[]", '{"images": [], "annotations": []}', "\x00"):
         path.write_text(text)
         assert str(path) in sentence(root)
     path.write_text(whole)
@@ -397,3 +424,105 @@ def test_category_ids_are_found_by_name():
     content = {"categories": [{"id": 5, "name": "x"}, {"id": 9, "name": "y"}]}
     labels = prepare_masks.category_labels(content, ["background", "y"], None)
     assert labels == {5: None, 9: 1}
+
+
+# --- faults injected into real processes -------------------------------------------------------
+
+
+def many_images(root, count):
+    write_coco(root, [(f"{i:04}.jpg", 12, 16, [annotation("person", polygon(1, 1, i % 9 + 1, 4))])
+                      for i in range(count)])  # fmt: skip
+
+
+def assert_nothing_half_written(out):
+    """There is no manifest, and each mask that there is is whole."""
+    assert not list(out.glob("manifest.json*"))
+    for path in out.glob("masks_*/*"):
+        Image.open(path).load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("limit", "file"), [(60, ".png"), (4000, "manifest.json")])
+def test_a_full_disk_is_one_sentence_and_no_manifest(tmp_path, workers, limit, file):
+    import resource
+
+    many_images(tmp_path, 40)
+    result = command(
+        "prepare_masks.py", "--coco-root", tmp_path, "--out", tmp_path / "data",
+        "--workers", workers,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("prepare_masks.py: error: cannot write")
+    assert file in sentence
+    assert_nothing_half_written(tmp_path / "data")
+
+
+def test_an_output_that_cannot_be_a_folder(tmp_path, refused):
+    many_images(tmp_path, 2)
+    (tmp_path / "file").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "masks_raw").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "data"):
+        sentence = refused("prepare_masks", "--coco-root", tmp_path, "--out", out)
+        assert f"cannot write to {out}" in sentence
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_manifest_and_no_process(tmp_path, number):
+    many_images(tmp_path, 2000)
+    line = [sys.executable, SCRIPTS / "prepare_masks.py", "--coco-root", tmp_path, "--workers", "2"]
+    rng, interrupted = np.random.default_rng(number), 0
+    for attempt in range(8):
+        out = tmp_path / f"data{attempt}"
+        process = subprocess.Popen(
+            [*map(str, line), "--out", out], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            start_new_session=True, text=True,
+        )  # fmt: skip
+        while process.poll() is None and not out.exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()
+        error = process.communicate(timeout=60)[1]
+        if (out / "manifest.json").exists():  # it was faster
+            assert len(rows_of(out)) == len(list((out / "masks_colored").iterdir())) == 2000
+            continue
+        interrupted += 1
+        assert process.returncode == (130 if number == signal.SIGINT else -9), error
+        assert "Traceback" not in error
+        deadline = time.monotonic() + 20
+        while (left := session_members(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left
+    assert interrupted >= 4
+    assert len(prepare(tmp_path, out)) == 2000  # over what the last one left
+
+
+def session_members(session):
+    """Processes of a session that still run."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, owner = path.read_text().rpartition(")")[2].split()[:4]
+            if int(owner) == session and state != "Z":
+                members.append(path.parent.name)
+    return members
+
+
+def test_a_decompression_bomb_is_not_opened(tmp_path):
+    path = write_coco(tmp_path, [("a.jpg", 20, 30, []), ("b.jpg", 20, 30, [])])
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "val2017" / "a.jpg").write_bytes(png)
+    assert list(prepare(tmp_path, tmp_path / "data")) == ["b.png"]
+    content = json.loads(path.read_text())
+    content["images"][0].update(height=60000, width=60000)
+    path.write_text(json.dumps(content))
+    assert list(prepare(tmp_path, tmp_path / "data")) == ["b.png"]

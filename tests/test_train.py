@@ -18,7 +18,7 @@ from PIL import Image
 from wandb_file import records
 
 import train
-from dataset import load_manifest
+from manifest import load_manifest
 from models import load_checkpoint
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
