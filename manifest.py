@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,18 +178,24 @@ def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> Non
         sys.exit(130)
 
 
-def write_json(path: Path, content: object, indent: int | None = 1) -> None:
-    """Write JSON whole or not at all: temporary file, sync, rename. Raises DataError."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary file, sync, rename. Raises DataError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=indent) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def default_workers() -> int:

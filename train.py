@@ -33,7 +33,7 @@ from dataset import (
     split_rows,
     training_loader,
 )
-from evaluate import evaluate, pick_rows, predict_batches, report
+from evaluate import evaluate, pick_rows, predict_batches
 from losses import class_weights, total_loss
 from manifest import (
     DataError,
@@ -53,6 +53,7 @@ from models import (
     save_checkpoint,
     start_from_prior,
 )
+from report import report
 
 WARMUP = 0.03  # share of all steps
 POWER = 0.9

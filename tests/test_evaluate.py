@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command
+from conftest import command, some_images, write_coco
 from PIL import Image
 
 import evaluate as evaluation
+import prepare_masks
 from dataset import (
     evaluation_input,
     evaluation_loader,
@@ -18,9 +19,10 @@ from dataset import (
     read_pair,
     resized_size,
 )
-from evaluate import evaluate, native_prediction, scores
+from evaluate import evaluate, native_prediction
 from manifest import load_manifest
 from models import load_checkpoint, model_from_checkpoint
+from report import as_text, report, scores, tables
 
 CPU = torch.device("cpu")
 
@@ -107,13 +109,13 @@ def test_absent_class_is_null(data, checkpoint, tmp_path):
     """Truth and prediction without a class: null in the JSON, and in no mean."""
     matrices = np.zeros((2, 3, 3), dtype=np.int64)
     matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 1, 0] = 5, 6, 2
-    entry = evaluation.report("x", ["background", "person", "car"], matrices, resamples=50)
+    entry = report("x", ["background", "person", "car"], matrices, resamples=50)
     assert entry["iou"]["car"] is None
     assert entry["interval"]["iou"]["car"] == [None, None]
     assert entry["miou"] == pytest.approx((10 / 14 + 12 / 16) / 2)
     assert entry["foreground_miou"] == pytest.approx(12 / 16)
     assert entry["images_with_class"] == {"background": 2, "person": 2, "car": 0}
-    evaluation.print_table([entry])
+    assert "car" in as_text(tables([entry])[0])
     json.dumps(entry, allow_nan=False)
 
 
@@ -130,5 +132,74 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     content["images"] = content["images"][:-1]
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path)
+    assert "other masks" in sentence
+    assert "--other-data" in sentence
+    sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path, "--other-data")
     assert "lacks 1 of the checkpoint's 9 validation images (first: val2017 109)" in sentence
     assert "--pick cow" in refused("evaluate", "--ckpt", checkpoint, "--pick", "cow")
+
+
+def evaluated(checkpoint, file, *flags):
+    """The JSON entry of an evaluation through the command line."""
+    flags = ["--json", str(file), "--workers", "0", "--bootstrap", "0", "--device", "cpu", *flags]
+    evaluation.main(["--ckpt", str(checkpoint), *flags])
+    return json.loads(file.read_text())[0]
+
+
+def test_training_images_and_other_data_are_evaluated_when_asked_for(coco, checkpoint, tmp_path):
+    file = tmp_path / "report.json"
+    validation, training, everything = (
+        evaluated(checkpoint, file, "--images", name) for name in ("validation", "training", "all")
+    )
+    assert [e["images"] for e in (validation, training, everything)] == [9, 24, 33]
+    assert [e["evaluated_on"] for e in (validation, training)] == ["validation", "training"]
+    total = np.add(validation["confusion"], training["confusion"])
+    np.testing.assert_array_equal(everything["confusion"], total)
+
+    # The same images prepared another way: still those that it was validated on.
+    flags = ["--coco-root", str(coco), "--split", "train2017", "val2017", "--workers", "1"]
+    prepare_masks.main([*flags, "--out", str(tmp_path / "b"), "--priority", "car"])
+    entry = evaluated(checkpoint, file, "--data", str(tmp_path / "b"), "--other-data")
+    assert entry["images"] == 9
+    # Other images: all of them.
+    write_coco(tmp_path / "c", some_images(4, "x", 7), "val2017", first_id=900)
+    flags = ["--coco-root", str(tmp_path / "c"), "--out", str(tmp_path / "d"), "--workers", "1"]
+    prepare_masks.main(flags)
+    entry = evaluated(checkpoint, file, "--data", str(tmp_path / "d"), "--other-data")
+    assert entry["images"] == 4
+
+
+def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):
+    copy = shutil.copy(checkpoint, tmp_path / "other.pt")
+    file = tmp_path / "report.md"
+    result = command(
+        "evaluate.py", "--ckpt", checkpoint, copy, "--markdown", file, "--workers", 0,
+        "--bootstrap", 50, "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Difference to" in result.stdout
+    blocks = [block for block in file.read_text().split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 2 + 2 * 2
+    for block in blocks:
+        assert len({line.count("|") for line in block.strip().splitlines()}) == 1
+
+
+def test_confusions_by_hand():
+    classes = ["background", "person", "car"]
+    matrices = np.array([[[6, 2, 0], [1, 3, 0], [0, 0, 0]]])
+    entry = report("x.pt", classes, matrices, resamples=0)
+    (_, scored), (_, confused) = tables([entry])
+    assert scored[2] == ["person", "50.0", "", "60.0", "75.0", "1"]
+    assert scored[3] == ["car", "-", "", "-", "-", "0"]
+    assert scored[5] == ["foreground mean", "50.0", "", "", "", ""]
+    assert confused == [
+        ["", *classes],
+        ["background", "75.0", "25.0", "0.0"],
+        ["person", "25.0", "75.0", "0.0"],
+        ["car", "-", "-", "-"],
+    ]
+    many = np.zeros((1, 20, 20), dtype=np.int64)
+    many[0, 7, 3], many[0, 7, 7], many[0, 2, 9] = 1, 3, 5
+    entry = report("x.pt", [f"class {n}" for n in range(20)], many, resamples=0)
+    rows = tables([entry])[1][1]
+    assert rows[1:3] == [["class 2", "class 9", "100.0"], ["class 7", "class 3", "25.0"]]
