@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,6 +61,15 @@ POWER = 0.9
 WEIGHT_DECAY = 0.01
 LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
+WANDB_SECONDS = 180  # that a call of wandb may take
+WANDB_NAMES = {
+    "val_miou": "val/miou",
+    "val_foreground_miou": "val/foreground_miou",
+    "train_loss": "train/loss",
+    "lr": "train/lr",
+    "images_per_second": "train/images_per_second",
+    "epoch": "epoch",
+}
 # What a resumed run may change; all the rest decides what the run computes.
 FREE_ARGUMENTS = {
     "data",
@@ -258,7 +268,18 @@ def stop_here(run: Run) -> None:
     print(
         f"\n{name}: saved. Go on with: python train.py --resume {run.out / 'last.pt'}", flush=True
     )
-    sys.exit(128 + run.signal)
+    leave(run, 128 + run.signal)
+
+
+def leave(run: Run, code: int) -> None:
+    """Close Weights & Biases and exit with `code`, or return where that is 0."""
+    if run.wandb:
+        run.wandb.finish()
+        if run.wandb.hung:  # then its exit hook would wait for ever
+            sys.stdout.flush()
+            os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def catch_signals(run: Run) -> None:
@@ -276,18 +297,30 @@ def catch_signals(run: Run) -> None:
 
 
 class WandbLog:
-    """Weights & Biases, which can't end a training: when it fails it says so and goes quiet."""
+    """Weights & Biases, which can neither end nor hang a training: when a call fails, or takes
+    longer than WANDB_SECONDS, this says so once and goes quiet."""
 
     def __init__(self, run: Run, run_id: str | None):
-        self.run, self.id = None, run_id
+        self.run, self.id, self.hung = None, run_id, False
         self._attempt(lambda: self._start(run))
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever it is, the training goes on
+        failures = []
+
+        def guarded() -> None:
+            try:
+                action()
+            except Exception as error:  # whatever it is, the training goes on
+                failures.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        thread.join(WANDB_SECONDS)
+        self.hung = thread.is_alive()
+        if self.hung or failures:
             self.run = None
-            print(f"warning: no more Weights & Biases ({error!r}); metrics.jsonl goes on")
+            why = f"no answer for {WANDB_SECONDS} s" if self.hung else repr(failures[0])
+            print(f"warning: no more Weights & Biases ({why}); metrics.jsonl goes on")
 
     def _start(self, run: Run) -> None:
         import wandb  # here, so that --wandb disabled does not need it
@@ -309,42 +342,52 @@ class WandbLog:
             settings=wandb.Settings(init_timeout=60, console="off", silent=True),
         )
         self.id = self.run.id
-        offline = f"offline; to upload: wandb sync {Path(self.run.dir).parent}"
-        print(f"Weights & Biases: {self.run.url or offline}")
+        upload = f"{mode}; to upload: wandb sync {Path(self.run.dir).parent}"
+        print(f"Weights & Biases: {self.run.url if mode == 'online' else upload}")
 
-    def log(self, run: Run, line: dict, pictures: list[tuple[str, np.ndarray, dict]]) -> None:
-        """Log a line of metrics.jsonl and (caption, image, masks) of a few validation images."""
-        if self.run is None:
-            return
-        best = {"best/foreground_miou": run.progress.best}
-        self._attempt(lambda: self.run.summary.update(best))
+    def log(self, run: Run, line: dict, pictures: list, confusion: np.ndarray | None) -> None:
+        """Log a line of metrics.jsonl, (caption, image, masks) of a few validation images, and the
+        confusion matrix where it is the best one so far."""
         if self.run is not None:
-            self._attempt(lambda: self._log(line, pictures))
+            self._attempt(lambda: self._log(run, line, pictures, confusion))
 
-    def _log(self, line: dict, pictures: list) -> None:
+    def _log(self, run: Run, line: dict, pictures: list, confusion: np.ndarray | None) -> None:
         import wandb
 
-        values = {
-            f"val/iou/{name}": iou for name, iou in line["val_iou"].items() if iou is not None
-        }
-        for key, name in (
-            ("val_miou", "val/miou"),
-            ("val_foreground_miou", "val/foreground_miou"),
-            ("train_loss", "train/loss"),
-            ("lr", "train/lr"),
-            ("images_per_second", "train/images_per_second"),
-            ("epoch", "epoch"),
-        ):
-            if line[key] is not None:
-                values[name] = line[key]
+        values = {f"val/iou/{name}": iou for name, iou in line["val_iou"].items()}
+        values |= {name: line[key] for key, name in WANDB_NAMES.items()}
+        values = {name: value for name, value in values.items() if value is not None}
         for number, (caption, image, masks) in enumerate(pictures):
             values[f"examples/{number}"] = wandb.Image(image, masks=masks, caption=caption)
+        if confusion is not None:
+            values["val/confusion"] = _confusion_chart(run.manifest.classes, confusion)
+            best = {name: value for name, value in values.items() if name.startswith("val/iou/")}
+            best |= {"foreground_miou": line["val_foreground_miou"], "epoch": line["epoch"]}
+            self.run.summary.update({f"best/{k.removeprefix('val/')}": v for k, v in best.items()})
         self.run.log(values, step=line["step"])
 
     def finish(self) -> None:
-        """Close the run; waits until an online one is uploaded."""
+        """Close the run; an online one is uploaded first."""
         if self.run is not None:
             self._attempt(self.run.finish)
+
+
+def _confusion_chart(classes: list[str], confusion: np.ndarray):
+    import wandb
+
+    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    cells = [
+        [truth, label, round(float(share[i, j]), 2)]
+        for i, truth in enumerate(classes)
+        for j, label in enumerate(classes)
+    ]
+    columns = ["Actual", "Predicted", "nPredictions"]  # as W&B's own confusion chart names them
+    return wandb.plot_table(
+        "wandb/confusion_matrix/v1",
+        wandb.Table(columns=columns, data=cells),
+        {name: name for name in columns},
+        {"title": "what the pixels of a class are taken for, in %"},
+    )
 
 
 def _weights(run: Run) -> dict[str, float] | None:
@@ -408,7 +451,8 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
         flush=True,
     )
     if run.wandb:
-        run.wandb.log(run, line, validation_pictures(run, matrices))
+        confusion = matrices.sum(axis=0) if better else None
+        run.wandb.log(run, line, validation_pictures(run, matrices), confusion)
     if better:
         save(run, "best.pt")
     save(run, "last.pt")
@@ -623,9 +667,8 @@ def main(argv: list[str] | None = None) -> None:
         validate(run, loss, images_per_second, started)
         if run.signal is not None and run.progress.epoch < args.epochs:
             stop_here(run)
-    if run.wandb:
-        run.wandb.finish()
     print(f"best foreground mIoU {100 * max(run.progress.best, 0):.1f}: {run.out / 'best.pt'}")
+    leave(run, 0)
 
 
 if __name__ == "__main__":

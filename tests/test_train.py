@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,7 +188,7 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
     config, history, summary = {}, [], {}
     for record in found:
         for item in [*record.run.config.update, *record.config.update]:
-            config[item.key] = json.loads(item.value_json)
+            config[item.key or tuple(item.nested_key)] = json.loads(item.value_json)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             history.append(
@@ -211,9 +212,16 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
                 logged["examples/0/width"],
                 logged["examples/0/height"],
             )
-    assert summary["best/foreground_miou"] == pytest.approx(
-        max(line["val_foreground_miou"] for line in lines_of(out))
-    )
+    assert config["rare_classes"] == ["dog"]
+    best = max(lines_of(out), key=lambda line: line["val_foreground_miou"])
+    assert summary["best/foreground_miou"] == pytest.approx(best["val_foreground_miou"])
+    assert summary["best/iou/person"] == pytest.approx(best["val_iou"]["person"])
+    chart = config["_wandb", "visualize", "val/confusion"]["panel_config"]
+    assert chart["panelDefId"] == "wandb/confusion_matrix/v1"
+    (path, *_) = sorted((out / "wandb").rglob("confusion_table*.json"))
+    cells = json.loads(path.read_text())["data"]
+    assert len(cells) == 25
+    assert sum(share for truth, _, share in cells if truth == "person") == pytest.approx(100, abs=1)
 
 
 @pytest.mark.parametrize("broken", ["init", "log"])
@@ -230,6 +238,44 @@ def test_a_failing_wandb_ends_nothing_and_says_so_once(data, tmp_path, monkeypat
     train.main(["--data", str(data), "--out", str(out), *flags])
     assert len(lines_of(out)) == 2
     assert capsys.readouterr().out.count("the service is gone") == 1
+
+
+HANGING = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {scripts!r})
+import train, wandb
+train.WANDB_SECONDS = 3
+log = wandb.Run.log
+def log_and_stop_the_service(*args, **kwargs):
+    log(*args, **kwargs)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        name, _, rest = path.read_text().rpartition(")")
+        if "(wandb-core" in name and int(rest.split()[1]) == os.getpid():
+            print("service", path.parent.name, flush=True)
+            os.kill(int(path.parent.name), signal.SIGSTOP)
+wandb.Run.log = log_and_stop_the_service
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
+def test_a_wandb_that_hangs_cannot_hang_a_training(data, tmp_path):
+    out = tmp_path / "run"
+    flags = [*TINY[:-2], "--wandb", "offline", "--model", "unet", "--epochs", "2"]
+    line = [sys.executable, "-c", HANGING.format(scripts=str(SCRIPTS)), *flags, "--data", data]
+    alone = {key: value for key, value in os.environ.items() if "WANDB" not in key}  # own service
+    line = [*map(str, line), "--out", str(out)]
+    with open(tmp_path / "log", "w") as log:  # no pipe: the stopped service would keep it open
+        result = subprocess.run(line, stdout=log, stderr=log, timeout=120, env=alone)
+    printed = (tmp_path / "log").read_text()
+    services = {int(word) for word in re.findall(r"service (\d+)", printed)}
+    for service in services:
+        os.kill(service, signal.SIGKILL)
+    assert services, printed
+    assert result.returncode == 0, printed
+    assert len(lines_of(out)) == 2
+    assert printed.count("no more Weights & Biases") == 1
 
 
 # --- refusals ----------------------------------------------------------------------------------
