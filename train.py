@@ -354,16 +354,20 @@ class WandbLog:
     def _log(self, run: Run, line: dict, pictures: list, confusion: np.ndarray | None) -> None:
         import wandb
 
-        values = {f"val/iou/{name}": iou for name, iou in line["val_iou"].items()}
+        values = {f"val_iou/{name}": iou for name, iou in line["val_iou"].items()}
         values |= {name: line[key] for key, name in WANDB_NAMES.items()}
         values = {name: value for name, value in values.items() if value is not None}
         for number, (caption, image, masks) in enumerate(pictures):
             values[f"examples/{number}"] = wandb.Image(image, masks=masks, caption=caption)
         if confusion is not None:
+            self.run.summary.update(
+                {
+                    f"best/{name}": value
+                    for name, value in values.items()
+                    if name.startswith(("val", "epoch"))
+                }
+            )
             values["val/confusion"] = _confusion_chart(run.manifest.classes, confusion)
-            best = {name: value for name, value in values.items() if name.startswith("val/iou/")}
-            best |= {"foreground_miou": line["val_foreground_miou"], "epoch": line["epoch"]}
-            self.run.summary.update({f"best/{k.removeprefix('val/')}": v for k, v in best.items()})
         self.run.log(values, step=line["step"])
 
     def finish(self) -> None:

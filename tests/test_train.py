@@ -203,7 +203,7 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
         assert logged["train/lr"] == pytest.approx(line["lr"])
         assert logged["val/miou"] == pytest.approx(line["val_miou"])
         for name, iou in line["val_iou"].items():
-            assert iou is None or logged[f"val/iou/{name}"] == pytest.approx(iou)
+            assert iou is None or logged[f"val_iou/{name}"] == pytest.approx(iou)
         assert logged["examples/0/_type"] == "image-file"
         for name in ("prediction", "ground_truth"):
             path = logged[f"examples/0/masks/{name}/path"]
@@ -214,8 +214,8 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
             )
     assert config["rare_classes"] == ["dog"]
     best = max(lines_of(out), key=lambda line: line["val_foreground_miou"])
-    assert summary["best/foreground_miou"] == pytest.approx(best["val_foreground_miou"])
-    assert summary["best/iou/person"] == pytest.approx(best["val_iou"]["person"])
+    assert summary["best/val/foreground_miou"] == pytest.approx(best["val_foreground_miou"])
+    assert summary["best/val_iou/person"] == pytest.approx(best["val_iou"]["person"])
     chart = config["_wandb", "visualize", "val/confusion"]["panel_config"]
     assert chart["panelDefId"] == "wandb/confusion_matrix/v1"
     (path, *_) = sorted((out / "wandb").rglob("confusion_table*.json"))
