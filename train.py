@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,21 +54,13 @@ from models import (
     start_from_prior,
 )
 from report import report
+from track import WandbLog
 
 WARMUP = 0.03  # share of all steps
 POWER = 0.9
 WEIGHT_DECAY = 0.01
 LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
-WANDB_SECONDS = 180  # that a call of wandb may take
-WANDB_NAMES = {
-    "val_miou": "val/miou",
-    "val_foreground_miou": "val/foreground_miou",
-    "train_loss": "train/loss",
-    "lr": "train/lr",
-    "images_per_second": "train/images_per_second",
-    "epoch": "epoch",
-}
 # What a resumed run may change; all the rest decides what the run computes.
 FREE_ARGUMENTS = {
     "data",
@@ -113,7 +104,7 @@ class Run:
     loader: DataLoader
     val_loader: DataLoader
     progress: Progress
-    wandb: "WandbLog | None" = None
+    wandb: WandbLog | None = None
     signal: int | None = None
 
     @property
@@ -296,104 +287,6 @@ def catch_signals(run: Run) -> None:
 # --- logging -----------------------------------------------------------------------------------
 
 
-class WandbLog:
-    """Weights & Biases, which can neither end nor hang a training: when a call fails, or takes
-    longer than WANDB_SECONDS, this says so once and goes quiet."""
-
-    def __init__(self, run: Run, run_id: str | None):
-        self.run, self.id, self.hung = None, run_id, False
-        self._attempt(lambda: self._start(run))
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        failures = []
-
-        def guarded() -> None:
-            try:
-                action()
-            except Exception as error:  # whatever it is, the training goes on
-                failures.append(error)
-
-        thread = threading.Thread(target=guarded, daemon=True)
-        thread.start()
-        thread.join(WANDB_SECONDS)
-        self.hung = thread.is_alive()
-        if self.hung or failures:
-            self.run = None
-            why = f"no answer for {WANDB_SECONDS} s" if self.hung else repr(failures[0])
-            print(f"warning: no more Weights & Biases ({why}); metrics.jsonl goes on")
-
-    def _start(self, run: Run) -> None:
-        import wandb  # here, so that --wandb disabled does not need it
-
-        mode = run.args.wandb
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE")
-            if mode is None:
-                logged_in = wandb.login(prompt=False, verify=False)
-                mode = "online" if logged_in else "offline"
-        self.run = wandb.init(
-            project="coco-segmentation",
-            name=run.out.name,
-            id=self.id,
-            resume="allow" if self.id else None,
-            dir=run.out,
-            mode=mode,
-            config={**vars(run.args), "rare_classes": run.rare, "class_weights": _weights(run)},
-            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
-        )
-        self.id = self.run.id
-        upload = f"{mode}; to upload: wandb sync {Path(self.run.dir).parent}"
-        print(f"Weights & Biases: {self.run.url if mode == 'online' else upload}")
-
-    def log(self, run: Run, line: dict, pictures: list, confusion: np.ndarray | None) -> None:
-        """Log a line of metrics.jsonl, (caption, image, masks) of a few validation images, and the
-        confusion matrix where it is the best one so far."""
-        if self.run is not None:
-            self._attempt(lambda: self._log(run, line, pictures, confusion))
-
-    def _log(self, run: Run, line: dict, pictures: list, confusion: np.ndarray | None) -> None:
-        import wandb
-
-        values = {f"val_iou/{name}": iou for name, iou in line["val_iou"].items()}
-        values |= {name: line[key] for key, name in WANDB_NAMES.items()}
-        values = {name: value for name, value in values.items() if value is not None}
-        for number, (caption, image, masks) in enumerate(pictures):
-            values[f"examples/{number}"] = wandb.Image(image, masks=masks, caption=caption)
-        if confusion is not None:
-            self.run.summary.update(
-                {
-                    f"best/{name}": value
-                    for name, value in values.items()
-                    if name.startswith(("val", "epoch"))
-                }
-            )
-            values["val/confusion"] = _confusion_chart(run.manifest.classes, confusion)
-        self.run.log(values, step=line["step"])
-
-    def finish(self) -> None:
-        """Close the run; an online one is uploaded first."""
-        if self.run is not None:
-            self._attempt(self.run.finish)
-
-
-def _confusion_chart(classes: list[str], confusion: np.ndarray):
-    import wandb
-
-    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    cells = [
-        [truth, label, round(float(share[i, j]), 2)]
-        for i, truth in enumerate(classes)
-        for j, label in enumerate(classes)
-    ]
-    columns = ["Actual", "Predicted", "nPredictions"]  # as W&B's own confusion chart names them
-    return wandb.plot_table(
-        "wandb/confusion_matrix/v1",
-        wandb.Table(columns=columns, data=cells),
-        {name: name for name in columns},
-        {"title": "what the pixels of a class are taken for, in %"},
-    )
-
-
 def _weights(run: Run) -> dict[str, float] | None:
     if run.weight is None:
         return None
@@ -456,7 +349,7 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
     )
     if run.wandb:
         confusion = matrices.sum(axis=0) if better else None
-        run.wandb.log(run, line, validation_pictures(run, matrices), confusion)
+        run.wandb.log(line, validation_pictures(run, matrices), confusion)
     if better:
         save(run, "best.pt")
     save(run, "last.pt")
@@ -661,7 +554,8 @@ def main(argv: list[str] | None = None) -> None:
     if state is not None:
         restore(run, state)
     if args.wandb != "disabled":
-        run.wandb = WandbLog(run, state["wandb_id"] if state else None)
+        config = {**vars(args), "rare_classes": run.rare, "class_weights": _weights(run)}
+        run.wandb = WandbLog(args.wandb, run.out, state["wandb_id"] if state else None, config)
     if run.progress.epoch >= args.epochs:
         raise DataError(f"{run.out} is done: {args.epochs} epochs; raise --epochs to go on")
     catch_signals(run)

@@ -244,8 +244,8 @@ HANGING = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-import train, wandb
-train.WANDB_SECONDS = 3
+import track, train, wandb
+track.SECONDS = 3
 log = wandb.Run.log
 def log_and_stop_the_service(*args, **kwargs):
     log(*args, **kwargs)
