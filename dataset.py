@@ -1,9 +1,10 @@
 """From a prepared data directory to batches: manifest, split, oversampling, transforms, loaders.
 
-    manifest = load_manifest("data")
+    manifest = load_manifest("data")  # of manifest.py
     train_rows, val_rows = split_rows(manifest, seed=0)
-    loader = training_loader(manifest, train_rows, size=512, batch_size=8, seed=0, workers=4)
-    for images, masks in loader: ...
+    batches = EpochBatches(train_rows, batch_size=8, seed=0)
+    loader = training_loader(manifest, batches, size=512, seed=0, workers=4)
+    for images, masks, rows in loader: ...
 
 Nothing here depends on global random state: the order of an epoch is a function of (seed, epoch),
 the augmentation of an image a function of (seed, epoch, position in the epoch).
@@ -232,24 +233,24 @@ def evaluation_input(image: torch.Tensor, size: int) -> torch.Tensor:
 class TrainingSet(Dataset):
     """Augmented crops. Keys are (epoch, position, row): everything that the result depends on.
 
-    Item: image (3, size, size) uint8, mask (size, size) uint8.
+    Item: image (3, size, size) uint8, mask (size, size) uint8, row.
     """
 
     def __init__(self, manifest: Manifest, size: int, seed: int):
         self.manifest, self.seed = manifest, seed
         self.transform = training_transform(size)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         epoch, position, row = key
         image, mask = read_pair(self.manifest, row)
         # transforms.v2 draws from torch's global generator: lend it a state of this image's own.
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(_mix(self.seed, epoch, position))
+        torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, position))
         try:
             image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         finally:
             torch.set_rng_state(state)
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), row
 
 
 class EvaluationSet(Dataset):
@@ -280,7 +281,7 @@ def read_pair(manifest: Manifest, row: int) -> tuple[torch.Tensor, torch.Tensor]
     return to_tensor(image), torch.from_numpy(mask)
 
 
-def _mix(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
     """One 64-bit seed out of several numbers, without the correlations of adding them up."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
@@ -289,16 +290,18 @@ def _mix(*numbers: int) -> int:
 class EpochBatches(Sampler):
     """Batches of keys for `TrainingSet`: each epoch its own permutation of `rows`.
 
-    The last, incomplete batch is left out, since batch norm cannot use a single image.
-    `set_epoch` chooses the epoch, and the batch to start from when a run is resumed inside one.
+    A step takes `accumulate` batches; images that do not fill the last step are left out, since
+    batch norm cannot use a single image. `set_epoch` chooses the epoch, and the step to start from
+    when a run is resumed inside one.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, accumulate: int = 1):
+        self.rows, self.batch_size, self.seed, self.accumulate = rows, batch_size, seed, accumulate
+        self.steps = len(rows) // (batch_size * accumulate)
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Next iteration is of `epoch`, without its first `start` batches."""
+        """Next iteration is of `epoch`, without its first `start` steps."""
         self.epoch, self.start = epoch, start
 
     def order(self) -> np.ndarray:
@@ -307,21 +310,25 @@ class EpochBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order = self.order().tolist()
-        for batch in range(self.start, len(self)):
+        for batch in range(self.start * self.accumulate, len(self)):
             first = batch * self.batch_size
             chosen = order[first : first + self.batch_size]
             yield [(self.epoch, first + i, row) for i, row in enumerate(chosen)]
 
     def __len__(self) -> int:
-        return len(self.rows) // self.batch_size
+        return self.steps * self.accumulate
 
 
 def training_loader(
-    manifest: Manifest, rows: np.ndarray, size: int, batch_size: int, seed: int, workers: int
+    manifest: Manifest, batches: EpochBatches, size: int, seed: int, workers: int
 ) -> DataLoader:
-    """Batches of images (N, 3, size, size) uint8 and masks (N, size, size) uint8."""
-    dataset = TrainingSet(manifest, size, seed)
-    return _loader(dataset, EpochBatches(rows, batch_size, seed), workers)
+    """Batches of images (N, 3, size, size) uint8, masks (N, size, size) uint8 and rows (a list)."""
+    return _loader(TrainingSet(manifest, size, seed), batches, workers, _stack)
+
+
+def _stack(items: list) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    images, masks, rows = zip(*items)
+    return torch.stack(images), torch.stack(masks), list(rows)
 
 
 def evaluation_loader(

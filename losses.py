@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from manifest import IGNORE_INDEX
+
 AUXILIARY_WEIGHT = 0.5  # of the auxiliary head's loss, as torchvision trains DeepLabV3
 
 
@@ -18,7 +20,7 @@ def segmentation_loss(
     masks: torch.Tensor,
     weight: torch.Tensor | None = None,
     gamma: float = 0.0,
-    ignore_index: int = 255,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Class-weighted focal loss: sum of w[y] (1 - p)^gamma CE over valid pixels / sum of w[y].
 
@@ -26,26 +28,30 @@ def segmentation_loss(
     `F.cross_entropy(weight=weight)`; no weight is a weight of 1. A batch of ignored pixels only has
     loss 0 and gradient 0, where `F.cross_entropy` gives NaN. In float32 under autocast too.
 
-    logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or `ignore_index`.
-    weight: (C,) float32 or None. gamma >= 0. Returns a float32 scalar on the device of the logits.
+    logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or 255 (ignored).
+    weight: (C,) float32 or None. gamma >= 0. total: the sum of w[y] to divide by, if these images
+    are a part of a larger batch. Returns a float32 scalar on the device of the logits.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5. Divided by
     the weights alone, not the modulated ones, so that gamma does turn easy pixels down.
     """
     masks = masks.long()
-    valid = masks != ignore_index
     with torch.autocast(logits.device.type, enabled=False):
-        loss = F.cross_entropy(logits.float(), masks, reduction="none", ignore_index=ignore_index)
+        loss = F.cross_entropy(logits.float(), masks, reduction="none", ignore_index=IGNORE_INDEX)
     if gamma:
         # 1 - p without cancellation; the clamp keeps the slope finite at p = 1 for gamma < 1.
         loss = loss * (-torch.expm1(-loss)).clamp_min(1e-6) ** gamma
-    pixel_weight = valid.float()
-    if weight is not None:
-        # Ignored pixels look up class 0; `valid` takes them out again.
-        pixel_weight = pixel_weight * weight[torch.where(valid, masks, 0)]
-    return (pixel_weight * loss).sum() / pixel_weight.sum().clamp_min(
-        torch.finfo(torch.float32).tiny
-    )
+    weights = pixel_weights(masks, weight)
+    total = weights.sum() if total is None else total
+    return (weights * loss).sum() / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def pixel_weights(masks: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """(N, H, W) float32: w[y] of each pixel, 1 without class weights, 0 where it is ignored."""
+    valid = masks != IGNORE_INDEX
+    if weight is None:
+        return valid.float()
+    return valid * weight[torch.where(valid, masks, 0).long()]  # ignored pixels look up class 0
 
 
 def total_loss(
@@ -53,11 +59,13 @@ def total_loss(
     masks: torch.Tensor,
     weight: torch.Tensor | None = None,
     gamma: float = 0.0,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`segmentation_loss` of outputs["out"], plus half that of outputs["aux"] if present."""
-    loss = segmentation_loss(outputs["out"], masks, weight, gamma)
+    loss = segmentation_loss(outputs["out"], masks, weight, gamma, total)
     if "aux" in outputs:
-        loss = loss + AUXILIARY_WEIGHT * segmentation_loss(outputs["aux"], masks, weight, gamma)
+        auxiliary = segmentation_loss(outputs["aux"], masks, weight, gamma, total)
+        loss = loss + AUXILIARY_WEIGHT * auxiliary
     return loss
 
 

@@ -173,6 +173,12 @@ def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> Non
         sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch raises it from anywhere, in a handler
+            raise
+        sentence = "a loader process died, killed or out of memory: try fewer --workers"
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)

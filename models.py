@@ -7,6 +7,8 @@ Every model returns a dict: "out" always, "aux" (DeepLab's auxiliary head) in tr
 """
 
 import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -210,10 +212,11 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write tensors and plain types to `path`, whole or not at all: temporary file, sync, rename.
 
-    Raises ModelError if the disk does not take it; an earlier file at `path` is then untouched.
+    With `previous`, what lay at `path` is kept there. Raises ModelError if the disk does not take
+    it; an earlier file at `path` is then untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -221,25 +224,52 @@ def save_checkpoint(path: Path, state: dict) -> None:
             torch.save({"version": CHECKPOINT_VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        temporary.unlink(missing_ok=True)
-        raise ModelError(f"cannot write {path} ({error}): free some space on its disk") from None
+        with suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ModelError(f"cannot write {path} ({reason}): is its disk full?") from None
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def _keep(path: Path, previous: Path) -> None:
+    spare = previous.with_name(previous.name + ".tmp")
+    try:
+        spare.unlink(missing_ok=True)
+        os.link(path, spare)  # so that at no moment there is no file at `path`
+        os.replace(spare, previous)
+    except OSError:
+        os.replace(path, previous)  # a file system without links
+
+
+def load_checkpoint(path: str | Path, previous: Path | None = None) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Nothing in the file can run code (weights_only).
 
-    Raises ModelError if the file is missing, damaged, of another version or no checkpoint of these
-    scripts.
+    Raises ModelError if the file is missing, damaged (a single bit suffices), of another version or
+    no checkpoint of these scripts; with `previous`, falls back to that file with a warning.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _load_checkpoint(path)
+    except ModelError as error:
+        if previous is None or not previous.exists():
+            raise
+        print(f"warning: {error}; going on from {previous}")
+        return _load_checkpoint(previous)
+
+
+def _load_checkpoint(path: str | Path) -> dict:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load looks at no checksum
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"no checkpoint at {path}") from None
-    except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"cannot read the checkpoint {path} ({reason})") from None
+    except Exception as error:  # a damaged file can make zipfile and the unpickler raise anything
+        damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if damaged:
+        raise ModelError(f"cannot read the checkpoint {path} (damaged: {damaged})")
     if not isinstance(state, dict) or "version" not in state or "model" not in state:
         raise ModelError(f"{path} is not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import (
+    EpochBatches,
     evaluation_loader,
+    mixed_seed,
     normalize,
     oversample,
     rare_classes,
@@ -34,7 +36,7 @@ from dataset import (
     training_loader,
 )
 from evaluate import evaluate, pick_rows, predict_batches
-from losses import class_weights, total_loss
+from losses import class_weights, pixel_weights, total_loss
 from manifest import (
     DataError,
     Manifest,
@@ -61,6 +63,7 @@ POWER = 0.9
 WEIGHT_DECAY = 0.01
 LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
+PREVIOUS = "previous.pt"  # the last.pt before, should that be damaged
 # What a resumed run may change; all the rest decides what the run computes.
 FREE_ARGUMENTS = {
     "data",
@@ -77,7 +80,7 @@ FREE_ARGUMENTS = {
 
 @dataclass
 class Progress:
-    """Where a run is. `batch` batches of `epoch` are done; `loss_sum` is theirs, on the device."""
+    """Where a run is. `batch` steps of `epoch` are done; `loss_sum` is theirs, on the device."""
 
     epoch: int = 0
     batch: int = 0
@@ -88,7 +91,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """All that the loop works with."""
+    """All that the loop works with. `recent`: step, loss and rows since the loss was last read."""
 
     args: argparse.Namespace
     manifest: Manifest
@@ -106,6 +109,12 @@ class Run:
     progress: Progress
     wandb: WandbLog | None = None
     signal: int | None = None
+    recent: list[tuple[int, torch.Tensor, list[int]]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.loader.batch_sampler.steps
 
     @property
     def out(self) -> Path:
@@ -137,22 +146,43 @@ def build_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def train_step(run: Run, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """One step on images (N, 3, H, W) uint8 and masks (N, H, W) uint8, both on the device.
+def train_step(run: Run, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One step on batches of images (N, 3, H, W) uint8 and masks (N, H, W) uint8 on the device.
 
-    Returns the loss, on the device: nothing here waits for the GPU.
+    Several batches give the gradient of one that holds all their images, since each is divided by
+    the pixels of all. Returns the loss, on the device: nothing here waits for the GPU.
     """
-    total = run.args.epochs * len(run.loader)
+    total = run.args.epochs * run.steps
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.progress.step, total, run.args.lr)
-    with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):
-        outputs = run.forward(normalize(images))
-    loss = total_loss(outputs, masks, run.weight, run.args.gamma if run.args.focal else 0.0)
+    # Dropout too is a function of (seed, step), so that nothing depends on what ran before.
+    torch.manual_seed(mixed_seed(run.args.seed, run.progress.step))
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    gamma = run.args.gamma if run.args.focal else 0.0
+    pixels = sum(pixel_weights(masks, run.weight).sum() for _, masks in batches)
+    loss = torch.zeros((), device=run.device)
+    for images, masks in batches:
+        with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):
+            outputs = run.forward(normalize(images))
+        part = total_loss(outputs, masks, run.weight, gamma, pixels)
+        run.scaler.scale(part).backward()
+        loss += part.detach()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss.detach()
+    return loss
+
+
+def step_batches(run: Run) -> Iterator[tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]]:
+    """For each step left in the epoch its batches, on the device, and the rows of their images."""
+    run.loader.batch_sampler.set_epoch(run.progress.epoch, start=run.progress.batch)
+    batches, rows = [], []
+    for images, masks, batch_rows in run.loader:
+        images = images.to(run.device, non_blocking=True)
+        batches.append((images, masks.to(run.device, non_blocking=True)))
+        rows += batch_rows
+        if len(batches) == run.args.accumulate:
+            yield batches, rows
+            batches, rows = [], []
 
 
 def train_epoch(run: Run) -> tuple[float, float]:
@@ -160,16 +190,15 @@ def train_epoch(run: Run) -> tuple[float, float]:
 
     Raises DataError where the loss is not finite, SystemExit after a signal, with the run saved.
     """
-    progress, batches = run.progress, len(run.loader)
-    run.loader.batch_sampler.set_epoch(progress.epoch, start=progress.batch)
+    progress, first = run.progress, run.progress.batch
     run.model.train()
-    started, saved, first = time.perf_counter(), time.perf_counter(), progress.batch
+    started = saved = time.perf_counter()
     title = f"epoch {progress.epoch + 1}/{run.args.epochs}"
-    with tqdm(total=batches, initial=first, desc=title, leave=False, disable=None) as bar:
-        for images, masks in run.loader:
-            images = images.to(run.device, non_blocking=True)
-            masks = masks.to(run.device, non_blocking=True)
-            progress.loss_sum += train_step(run, images, masks)
+    with tqdm(total=run.steps, initial=first, desc=title, leave=False, disable=None) as bar:
+        for batches, rows in step_batches(run):
+            loss = train_step(run, batches)
+            run.recent.append((progress.step, loss, rows))
+            progress.loss_sum += loss
             progress.step += 1
             progress.batch += 1
             bar.update()
@@ -177,22 +206,25 @@ def train_epoch(run: Run) -> tuple[float, float]:
                 bar.set_postfix(loss=f"{mean_loss(run):.4f}")
             if run.signal is not None:
                 stop_here(run)
-            if time.perf_counter() - saved > 60 * run.args.save_every:
+            if time.perf_counter() - saved >= 60 * run.args.save_every:
                 save(run, "last.pt")
                 saved = time.perf_counter()
-    loss = mean_loss(run)
-    seconds = time.perf_counter() - started
-    return loss, (batches - first) * run.args.batch_size / max(seconds, 1e-9)
+    images = (run.steps - first) * run.args.batch_size * run.args.accumulate
+    return mean_loss(run), images / max(time.perf_counter() - started, 1e-9)
 
 
 def mean_loss(run: Run) -> float:
-    """Mean loss of the epoch so far, read from the device. Raises DataError if not finite."""
+    """Mean loss of the epoch so far, read from the device. Raises DataError if not finite, with
+    the step and the images of the first loss that was not."""
     loss = run.progress.loss_sum.item() / run.progress.batch
-    if not math.isfinite(loss):
-        raise DataError(
-            f"the loss became {loss} in epoch {run.progress.epoch + 1}, before step "
-            f"{run.progress.step}: lower --lr or try --amp off; {run.out} keeps the last good state"
-        )
+    for step, value, rows in [] if math.isfinite(loss) else run.recent:
+        if not math.isfinite(value.item()):
+            files = ", ".join(run.manifest.files[rows])
+            raise DataError(
+                f"the loss became {value.item()} in step {step + 1}, on {files}: lower --lr or try "
+                f"--amp off; {run.out} keeps the last good checkpoint"
+            )
+    run.recent.clear()
     return loss
 
 
@@ -204,13 +236,11 @@ def save(run: Run, name: str) -> None:
     if run.progress.batch:
         mean_loss(run)  # never overwrite a good checkpoint with one whose loss is not finite
     progress = vars(run.progress) | {"loss_sum": float(run.progress.loss_sum)}
-    cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     state = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "progress": progress,
-        "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
         "args": vars(run.args),
         "classes": run.manifest.classes,
         "colors": [list(color) for color in run.manifest.colors],
@@ -220,7 +250,8 @@ def save(run: Run, name: str) -> None:
         "rare": run.rare,
         "wandb_id": run.wandb.id if run.wandb else None,
     }
-    save_checkpoint(run.out / name, state)
+    previous = run.out / PREVIOUS if name == "last.pt" else None
+    save_checkpoint(run.out / name, state, previous)
 
 
 def restore(run: Run, state: dict) -> None:
@@ -236,9 +267,6 @@ def restore(run: Run, state: dict) -> None:
     progress = state["progress"]
     loss_sum = torch.tensor(progress["loss_sum"], device=run.device)
     run.progress = Progress(**{**progress, "loss_sum": loss_sum})
-    torch.set_rng_state(state["random"]["cpu"])
-    if run.device.type == "cuda" and state["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(state["random"]["cuda"], run.device)
     path = run.out / "metrics.jsonl"
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -271,6 +299,18 @@ def leave(run: Run, code: int) -> None:
             os._exit(code)
     if code:
         sys.exit(code)
+
+
+def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> ModelError | None:
+    """A sentence that says what to lower, if memory is what the error is about."""
+    gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+    if not gpu and "can't allocate memory" not in str(error):
+        return None
+    width = f" of width {args.width}" if args.model == "unet" else ""
+    return ModelError(
+        f"out of memory with {args.model}{width} at --size {args.size} --batch-size "
+        f"{args.batch_size}: halve --batch-size and double --accumulate, or lower --size"
+    )
 
 
 def catch_signals(run: Run) -> None:
@@ -318,7 +358,7 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
     """Evaluate, log, and end the epoch: best.pt where it is the best, last.pt in any case."""
     matrices = evaluate(run.model, run.val_loader, run.device, run.dtype, "validate")
     entry = report("", run.manifest.classes, matrices, resamples=0)
-    total = run.args.epochs * len(run.loader)
+    total = run.args.epochs * run.steps
     progress = run.progress
     value = entry["foreground_miou"]
     better = (-0.5 if value is None else value) > progress.best
@@ -384,7 +424,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weighted", action="store_true", help="class weights from pixel counts")
     add = parser.add_argument_group("loop").add_argument
     add("--epochs", type=int, default=20, help="passes over the training images")
-    add("--batch-size", type=int, default=8, help="images a step")
+    add("--batch-size", type=int, default=8, help="images at once")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches a step")
     add("--lr", type=float, help="highest rate (default: 1e-4 from weights, 1e-3 from scratch)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     add("--compile", action="store_true", help="torch.compile the training forward")
@@ -417,7 +458,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         check_args(parser, args)
         return args, None
     path = Path(args.resume or Path(args.out or default_out(args), "last.pt"))
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, path.with_name(PREVIOUS) if path.name == "last.pt" else None)
     parser.set_defaults(**{**state["args"], "out": str(path.parent)})
     args = parser.parse_args(argv)
     for name, value in state["args"].items():
@@ -438,6 +479,7 @@ def default_out(args: argparse.Namespace) -> str:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work before any data is touched."""
     lowest = {"size": 32, "oversample": 1, "workers": 0, "width": 1, "epochs": 1, "batch_size": 1}
+    lowest["accumulate"] = 1
     for name, low in {**lowest, "seed": 0, "gamma": 0, "save_every": 0}.items():
         if not getattr(args, name) >= low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {low} or more")
@@ -475,9 +517,11 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
             "name those to repeat with --rare"
         )
     epoch_rows = oversample(manifest, train_rows, rare, args.oversample)
-    if len(epoch_rows) < args.batch_size:
+    batches = EpochBatches(epoch_rows, args.batch_size, args.seed, args.accumulate)
+    if not batches.steps:
         raise DataError(
-            f"--batch-size {args.batch_size}: there are {len(epoch_rows)} training images"
+            f"--batch-size {args.batch_size} --accumulate {args.accumulate}: there are only "
+            f"{len(epoch_rows)} training images"
         )
     pixels = manifest.pixels[train_rows].sum(axis=0)
     weight = class_weights(pixels) if args.weighted else None
@@ -499,9 +543,7 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
         rare=rare,
         optimizer=build_optimizer(model, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        loader=training_loader(
-            manifest, epoch_rows, args.size, args.batch_size, args.seed, args.workers
-        ),
+        loader=training_loader(manifest, batches, args.size, args.seed, args.workers),
         val_loader=evaluation_loader(manifest, val_rows, args.size, args.batch_size, args.workers),
         progress=Progress(loss_sum=torch.zeros((), device=device)),
     )
@@ -530,7 +572,7 @@ def describe(run: Run, train_rows: np.ndarray) -> None:
 
 def open_directory(run: Run, resumed: bool) -> None:
     """Make the run directory and write args.json. Raises DataError if another run lies there."""
-    if not resumed and (run.out / "last.pt").exists():
+    if not resumed and any((run.out / name).exists() for name in ("last.pt", PREVIOUS)):
         raise DataError(
             f"{run.out} holds a run already: continue it with --resume {run.out / 'last.pt'}, "
             "or choose another --out"
@@ -559,12 +601,15 @@ def main(argv: list[str] | None = None) -> None:
     if run.progress.epoch >= args.epochs:
         raise DataError(f"{run.out} is done: {args.epochs} epochs; raise --epochs to go on")
     catch_signals(run)
-    while run.progress.epoch < args.epochs:
-        started = time.perf_counter()
-        loss, images_per_second = train_epoch(run)
-        validate(run, loss, images_per_second, started)
-        if run.signal is not None and run.progress.epoch < args.epochs:
-            stop_here(run)
+    try:
+        while run.progress.epoch < args.epochs:
+            started = time.perf_counter()
+            loss, images_per_second = train_epoch(run)
+            validate(run, loss, images_per_second, started)
+            if run.signal is not None and run.progress.epoch < args.epochs:
+                stop_here(run)
+    except RuntimeError as error:
+        raise out_of_memory(args, error) or error from None
     print(f"best foreground mIoU {100 * max(run.progress.best, 0):.1f}: {run.out / 'best.pt'}")
     leave(run, 0)
 

@@ -29,7 +29,7 @@ from dataset import (
     training_loader,
     training_transform,
 )
-from manifest import DataError, class_colors, color_mask, load_manifest
+from manifest import IGNORE_COLOR, DataError, class_colors, color_mask, load_manifest
 
 
 def fake_manifest(pixels, splits=None, ids=None):
@@ -191,9 +191,9 @@ def test_normalize():
 
 
 def epoch_of(manifest, rows, workers, epoch=0, start=0, seed=0):
-    loader = training_loader(manifest, rows, 32, 4, seed, workers)
+    loader = training_loader(manifest, EpochBatches(rows, 4, seed), 32, seed, workers)
     loader.batch_sampler.set_epoch(epoch, start)
-    return [tuple(t.clone() for t in batch) for batch in loader]
+    return [(images.clone(), masks.clone(), rows) for images, masks, rows in loader]
 
 
 def test_batches_are_a_function_of_seed_and_epoch(data):
@@ -349,9 +349,9 @@ def test_fingerprint_names_the_masks_not_the_place(data, tmp_path):
 def test_colors_are_distinct_and_stable():
     colors = class_colors(81)
     assert len(set(colors)) == 81
-    assert dataset.IGNORE_COLOR not in colors
+    assert IGNORE_COLOR not in colors
     assert colors[:5] == class_colors(5)
     mask = np.array([[0, 1], [4, 255]], dtype=np.uint8)
     image = np.array(color_mask(mask, colors[:5]))
     assert image[0, 1].tolist() == list(colors[1])
-    assert image[1, 1].tolist() == list(dataset.IGNORE_COLOR)
+    assert image[1, 1].tolist() == list(IGNORE_COLOR)

@@ -5,6 +5,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import ResNet50_Weights
@@ -186,6 +187,41 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(path, {"model": {"w": torch.zeros(2)}})
     assert load_checkpoint(path)["model"]["w"].sum() == 2
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    path = tmp_path / "a.pt"
+    state = {"model": {"w": torch.randn(500)}, "args": {"x": [1, "a", None]}}
+    save_checkpoint(path, state)
+    whole, refused = path.read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)  # the bit was in the padding
+        except ModelError:
+            refused += 1
+        else:
+            assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+            assert loaded["args"] == state["args"]
+    assert refused > 100
+
+
+def test_the_file_before_stands_in_for_a_damaged_one(tmp_path, capsys):
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for number in range(3):
+        save_checkpoint(path, {"model": {}, "number": number}, previous)
+    assert load_checkpoint(path, previous)["number"] == 2
+    path.write_bytes(path.read_bytes()[:-100])
+    assert load_checkpoint(path, previous)["number"] == 1
+    assert f"cannot read the checkpoint {path}" in capsys.readouterr().out
+    path.unlink()
+    assert load_checkpoint(path, previous)["number"] == 1
+    previous.unlink()
+    with pytest.raises(ModelError, match="no checkpoint"):
+        load_checkpoint(path, previous)
 
 
 class Malice:

@@ -42,8 +42,8 @@ class NoSync(TorchDispatchMode):
 
 def a_run(model, device, gamma=2.0):
     return SimpleNamespace(
-        args=SimpleNamespace(epochs=2, lr=1e-3, gamma=gamma, focal=gamma > 0),
-        loader=[None] * 5,
+        args=SimpleNamespace(epochs=2, lr=1e-3, seed=0, gamma=gamma, focal=gamma > 0),
+        steps=5,
         device=torch.device(device),
         dtype=None,
         model=model,
@@ -103,7 +103,7 @@ def test_a_training_step_reads_nothing_back(name):
     run.model.train()
     images, masks = a_batch("cpu")
     with NoSync() as mode:
-        run.progress.loss_sum += train_step(run, images, masks)
+        run.progress.loss_sum += train_step(run, [(images, masks)])
     assert {"convolution_backward", "_fused_adamw_"} <= mode.operations
     assert torch.isfinite(run.progress.loss_sum)
 

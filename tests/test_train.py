@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from conftest import SCRIPTS, TINY, command
 from PIL import Image
 from wandb_file import records
 
+import dataset
 import train
 from manifest import load_manifest
-from models import load_checkpoint
+from models import build_model, load_checkpoint
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal", "--gamma", "1.5"]
@@ -100,7 +102,7 @@ def equal(a, b):
 
 def same_run(first, second):
     a, b = load_checkpoint(first / "last.pt"), load_checkpoint(second / "last.pt")
-    for key in ("model", "optimizer", "progress", "random"):
+    for key in ("model", "optimizer", "progress", "wandb_id"):
         assert equal(a[key], b[key]), key
     assert without_times(first) == without_times(second)
 
@@ -113,8 +115,8 @@ def test_resume_after_an_epoch_or_inside_one_ends_bit_equal(data, tmp_path, monk
     original = train.train_step
     for stop_at in (3, 6, 11):  # inside the first epoch, between two, inside the second
 
-        def step(run, images, masks, stop_at=stop_at):
-            loss = original(run, images, masks)
+        def step(run, batches, stop_at=stop_at):
+            loss = original(run, batches)
             if run.progress.step + 1 == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return loss
@@ -132,6 +134,92 @@ def test_resume_after_an_epoch_or_inside_one_ends_bit_equal(data, tmp_path, monk
     monkeypatch.setattr(train, "train_step", original)
     train.main(["--out", str(stopped), "--resume"])
     same_run(alone, stopped)
+
+
+def test_the_number_of_workers_changes_no_bit(data, tmp_path):
+    flags = ["--data", str(data), *TINY, "--model", "deeplab", "--weights", "none", "--epochs", "1"]
+    flags = [*flags, "--batch-size", "12", "--width", "64"]
+    for workers in ("0", "1", "4"):
+        torch.rand(int(workers))  # whatever the global random state is
+        train.main([*flags, "--out", str(tmp_path / workers), "--workers", workers])
+    same_run(tmp_path / "0", tmp_path / "1")
+    same_run(tmp_path / "0", tmp_path / "4")
+
+
+KILLED = """
+import os, random, signal, sys, threading
+sys.path.insert(0, {scripts!r})
+import train
+out, kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+rng = random.Random(0)
+step = train.train_step
+
+def attempt(arguments, steps, delay):
+    def counted(run, batches):
+        nonlocal steps
+        steps -= 1
+        if steps == 0:  # a little later: in the next step, or while it saves or validates
+            threading.Timer(delay, os.kill, [os.getpid(), signal.SIGKILL]).start()
+        return step(run, batches)
+    child = os.fork()
+    if not child:
+        train.train_step = counted
+        train.main(arguments)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+killed = 0
+while True:
+    saved = os.path.exists(out + "/last.pt")
+    arguments = ["--out", out, "--resume"] if saved else ["--out", out, *flags]
+    status = attempt(arguments, rng.randint(1, 4) if killed < kills else -1, rng.uniform(0, 0.2))
+    if status == 0:
+        break
+    assert status == signal.SIGKILL, status
+    killed += 1
+print("killed", killed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_run_killed_ten_times_ends_bit_equal_to_one_left_alone(data, tmp_path):
+    flags = ["--data", data, *TINY, "--model", "unet", "--epochs", "9", "--save-every", "0"]
+    line = [sys.executable, "-c", KILLED.format(scripts=str(SCRIPTS)), tmp_path / "killed", 10]
+    result = subprocess.run([*map(str, [*line, *flags])], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "killed 10" in result.stdout
+    train.main([*map(str, flags), "--out", str(tmp_path / "alone")])
+    same_run(tmp_path / "alone", tmp_path / "killed")
+    best = [load_checkpoint(tmp_path / name / "best.pt") for name in ("alone", "killed")]
+    assert equal(best[0]["model"], best[1]["model"])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(data, tmp_path):
+    import resource
+
+    out = tmp_path / "run"
+    train.main(["--data", str(data), *TINY, "--model", "unet", "--epochs", "1", "--out", str(out)])
+    before = (out / "last.pt").read_bytes()
+    limit = len(before) // 2
+    result = command(
+        "train.py", "--resume", out / "last.pt", "--epochs", 2,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert f"cannot write {out}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (out / "last.pt").read_bytes() == before
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_resumed_run_keeps_its_wandb_id(data, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--data", str(data), *TINY[:-2], "--wandb", "offline", "--model", "unet"]
+    train.main([*flags, "--epochs", "1", "--out", str(out)])
+    first = load_checkpoint(out / "last.pt")["wandb_id"]
+    train.main(["--resume", str(out / "last.pt"), "--epochs", "2"])
+    assert load_checkpoint(out / "last.pt")["wandb_id"] == first is not None
+    assert len(list((out / "wandb").glob(f"offline-run-*-{first}"))) == 2
 
 
 def test_lines_of_unfinished_epochs_are_dropped_on_resume(data, checkpoint, tmp_path):
@@ -276,6 +364,82 @@ def test_a_wandb_that_hangs_cannot_hang_a_training(data, tmp_path):
     assert result.returncode == 0, printed
     assert len(lines_of(out)) == 2
     assert printed.count("no more Weights & Biases") == 1
+
+
+# --- what goes wrong on the way ----------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch, refused):
+    out = tmp_path / "run"
+    flags = ["--data", data, *TINY, "--model", "unet", "--out", out]
+    train.main([*map(str, flags), "--epochs", "1"])
+    before = (out / "last.pt").read_bytes()
+    original = train.total_loss
+    spoilt = []
+
+    def loss(outputs, masks, *rest):
+        spoilt.append(masks)
+        return original(outputs, masks, *rest) * (float("nan") if len(spoilt) == 3 else 1)
+
+    monkeypatch.setattr(train, "total_loss", loss)
+    sentence = refused("train", "--resume", out / "last.pt", "--epochs", 2)
+    assert "the loss became nan in step 9, on train2017/t0" in sentence
+    assert sentence.count(".jpg") == 4
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_accumulated_batches_give_the_step_of_the_whole(data):
+    """With batch norm frozen; more pixels are ignored in one part than in the other."""
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    masks = torch.randint(0, 3, (8, 32, 32), dtype=torch.uint8)
+    masks[:3, 4:] = 255
+    after = []
+    for parts in ([slice(0, 8)], [slice(0, 4), slice(4, 8)], [slice(0, 1), slice(1, 8)]):
+        torch.manual_seed(0)
+        model = build_model("unet", ["background", "person", "car"], width=4).eval()
+        args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=True)
+        run = SimpleNamespace(
+            args=args, steps=5, device=torch.device("cpu"), dtype=None, forward=model,
+            weight=torch.tensor([0.5, 1.0, 3.0]), progress=train.Progress(step=3),
+            optimizer=torch.optim.SGD(model.parameters(), lr=1e-2),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+        )  # fmt: skip
+        loss = train.train_step(run, [(images[part], masks[part]) for part in parts])
+        after.append([loss, *(p.detach() for p in model.parameters())])
+    for other in after[1:]:
+        for one, value in zip(after[0], other):
+            torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulate_through_the_command_line(data, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--model", "unet", "--epochs", "1", "--accumulate", "2", "--out", str(out)]
+    train.main(["--data", str(data), *TINY, *flags])
+    assert lines_of(out)[0]["step"] == 24 // (4 * 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_loader_process_that_dies_is_a_sentence(data, tmp_path, monkeypatch, refused):
+    read = dataset.read_pair
+
+    def deadly(manifest, row):
+        if torch.utils.data.get_worker_info() is not None and row == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(manifest, row)
+
+    monkeypatch.setattr(dataset, "read_pair", deadly)
+    flags = ["--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run", "--workers", 2]
+    assert "a loader process died" in refused("train", *flags)
+
+
+def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch, refused):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train, "total_loss", full)
+    sentence = refused("train", "--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run")
+    assert "unet of width 4 at --size 32 --batch-size 4" in sentence
+    assert "--accumulate" in sentence
 
 
 # --- refusals ----------------------------------------------------------------------------------
