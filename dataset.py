@@ -4,7 +4,7 @@
     train_rows, val_rows = split_rows(manifest, seed=0)
     batches = EpochBatches(train_rows, batch_size=8, seed=0)
     loader = training_loader(manifest, batches, size=512, seed=0, workers=4)
-    for images, masks, rows in loader: ...
+    for images, masks in loader: ...
 
 Nothing here depends on global random state: the order of an epoch is a function of (seed, epoch),
 the augmentation of an image a function of (seed, epoch, position in the epoch).
@@ -233,14 +233,14 @@ def evaluation_input(image: torch.Tensor, size: int) -> torch.Tensor:
 class TrainingSet(Dataset):
     """Augmented crops. Keys are (epoch, position, row): everything that the result depends on.
 
-    Item: image (3, size, size) uint8, mask (size, size) uint8, row.
+    Item: image (3, size, size) uint8, mask (size, size) uint8.
     """
 
     def __init__(self, manifest: Manifest, size: int, seed: int):
         self.manifest, self.seed = manifest, seed
         self.transform = training_transform(size)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, position, row = key
         image, mask = read_pair(self.manifest, row)
         # transforms.v2 draws from torch's global generator: lend it a state of this image's own.
@@ -250,7 +250,7 @@ class TrainingSet(Dataset):
             image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         finally:
             torch.set_rng_state(state)
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor), row
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
 
 
 class EvaluationSet(Dataset):
@@ -290,14 +290,25 @@ def mixed_seed(*numbers: int) -> int:
 class EpochBatches(Sampler):
     """Batches of keys for `TrainingSet`: each epoch its own permutation of `rows`.
 
-    A step takes `accumulate` batches; images that do not fill the last step are left out, since
-    batch norm cannot use a single image. `set_epoch` chooses the epoch, and the step to start from
-    when a run is resumed inside one.
+    A step takes `accumulate` batches of each of `world` processes; this one is `rank`. Which images
+    a step holds depends on their product alone. Images that do not fill the last step are left out,
+    since batch norm cannot use a single image. `set_epoch` chooses the epoch, and the step to start
+    from when a run is resumed inside one.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, accumulate: int = 1):
-        self.rows, self.batch_size, self.seed, self.accumulate = rows, batch_size, seed, accumulate
-        self.steps = len(rows) // (batch_size * accumulate)
+    def __init__(
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.images = batch_size * accumulate * world  # of a step
+        self.steps = len(rows) // self.images
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -308,10 +319,14 @@ class EpochBatches(Sampler):
         """The epoch's rows in its order."""
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
 
+    def step_rows(self, step: int) -> np.ndarray:
+        """The rows of a step of the epoch, of all processes."""
+        return self.order()[step * self.images : (step + 1) * self.images]
+
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order = self.order().tolist()
         for batch in range(self.start * self.accumulate, len(self)):
-            first = batch * self.batch_size
+            first = (batch * self.world + self.rank) * self.batch_size
             chosen = order[first : first + self.batch_size]
             yield [(self.epoch, first + i, row) for i, row in enumerate(chosen)]
 
@@ -322,13 +337,8 @@ class EpochBatches(Sampler):
 def training_loader(
     manifest: Manifest, batches: EpochBatches, size: int, seed: int, workers: int
 ) -> DataLoader:
-    """Batches of images (N, 3, size, size) uint8, masks (N, size, size) uint8 and rows (a list)."""
-    return _loader(TrainingSet(manifest, size, seed), batches, workers, _stack)
-
-
-def _stack(items: list) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    images, masks, rows = zip(*items)
-    return torch.stack(images), torch.stack(masks), list(rows)
+    """Batches of images (N, 3, size, size) uint8 and masks (N, size, size) uint8."""
+    return _loader(TrainingSet(manifest, size, seed), batches, workers)
 
 
 def evaluation_loader(

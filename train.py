@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,17 @@ from models import (
     save_checkpoint,
     start_from_prior,
 )
+from ranks import (
+    joined,
+    mean_over_ranks,
+    own_device,
+    parallel,
+    process_group,
+    rank,
+    restarted,
+    synchronized,
+    world,
+)
 from report import report
 from track import WandbLog
 
@@ -68,6 +79,8 @@ PREVIOUS = "previous.pt"  # the last.pt before, should that be damaged
 FREE_ARGUMENTS = {
     "data",
     "epochs",
+    "batch_size",  # the images of a step are checked instead
+    "accumulate",
     "workers",
     "device",
     "compile",
@@ -91,7 +104,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """All that the loop works with. `recent`: step, loss and rows since the loss was last read."""
+    """All that the loop works with. `recent`: the losses since they were last read."""
 
     args: argparse.Namespace
     manifest: Manifest
@@ -109,12 +122,17 @@ class Run:
     progress: Progress
     wandb: WandbLog | None = None
     signal: int | None = None
-    recent: list[tuple[int, torch.Tensor, list[int]]] = field(default_factory=list)
+    recent: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def batches(self) -> EpochBatches:
+        """What the training images of an epoch are, and their order."""
+        return self.loader.batch_sampler
 
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return self.loader.batch_sampler.steps
+        return self.batches.steps
 
     @property
     def out(self) -> Path:
@@ -155,34 +173,37 @@ def train_step(run: Run, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> to
     total = run.args.epochs * run.steps
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.progress.step, total, run.args.lr)
-    # Dropout too is a function of (seed, step), so that nothing depends on what ran before.
-    torch.manual_seed(mixed_seed(run.args.seed, run.progress.step))
+    # Dropout too is a function of (seed, step, rank), so that nothing depends on what ran before.
+    torch.manual_seed(mixed_seed(run.args.seed, run.progress.step, rank()))
     run.optimizer.zero_grad(set_to_none=True)
     gamma = run.args.gamma if run.args.focal else 0.0
     pixels = sum(pixel_weights(masks, run.weight).sum() for _, masks in batches)
+    pixels = mean_over_ranks(pixels)
     loss = torch.zeros((), device=run.device)
-    for images, masks in batches:
-        with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):
-            outputs = run.forward(normalize(images))
-        part = total_loss(outputs, masks, run.weight, gamma, pixels)
-        run.scaler.scale(part).backward()
+    for number, (images, masks) in enumerate(batches, start=1):
+        # Gradients are averaged over the ranks once a step, in the last backward.
+        wait = number < len(batches) and world() > 1
+        with run.forward.no_sync() if wait else nullcontext():
+            with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):
+                outputs = run.forward(normalize(images))
+            part = total_loss(outputs, masks, run.weight, gamma, pixels)
+            run.scaler.scale(part).backward()
         loss += part.detach()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss
+    return mean_over_ranks(loss)
 
 
-def step_batches(run: Run) -> Iterator[tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]]:
-    """For each step left in the epoch its batches, on the device, and the rows of their images."""
-    run.loader.batch_sampler.set_epoch(run.progress.epoch, start=run.progress.batch)
-    batches, rows = [], []
-    for images, masks, batch_rows in run.loader:
+def step_batches(run: Run) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The batches of each step that is left in the epoch, on the device."""
+    run.batches.set_epoch(run.progress.epoch, start=run.progress.batch)
+    step = []
+    for images, masks in run.loader:
         images = images.to(run.device, non_blocking=True)
-        batches.append((images, masks.to(run.device, non_blocking=True)))
-        rows += batch_rows
-        if len(batches) == run.args.accumulate:
-            yield batches, rows
-            batches, rows = [], []
+        step.append((images, masks.to(run.device, non_blocking=True)))
+        if len(step) == run.args.accumulate:
+            yield step
+            step = []
 
 
 def train_epoch(run: Run) -> tuple[float, float]:
@@ -195,9 +216,9 @@ def train_epoch(run: Run) -> tuple[float, float]:
     started = saved = time.perf_counter()
     title = f"epoch {progress.epoch + 1}/{run.args.epochs}"
     with tqdm(total=run.steps, initial=first, desc=title, leave=False, disable=None) as bar:
-        for batches, rows in step_batches(run):
+        for batches in step_batches(run):
             loss = train_step(run, batches)
-            run.recent.append((progress.step, loss, rows))
+            run.recent.append(loss)
             progress.loss_sum += loss
             progress.step += 1
             progress.batch += 1
@@ -209,20 +230,21 @@ def train_epoch(run: Run) -> tuple[float, float]:
             if time.perf_counter() - saved >= 60 * run.args.save_every:
                 save(run, "last.pt")
                 saved = time.perf_counter()
-    images = (run.steps - first) * run.args.batch_size * run.args.accumulate
+    images = (run.steps - first) * run.batches.images
     return mean_loss(run), images / max(time.perf_counter() - started, 1e-9)
 
 
 def mean_loss(run: Run) -> float:
     """Mean loss of the epoch so far, read from the device. Raises DataError if not finite, with
     the step and the images of the first loss that was not."""
-    loss = run.progress.loss_sum.item() / run.progress.batch
-    for step, value, rows in [] if math.isfinite(loss) else run.recent:
+    progress = run.progress
+    loss = progress.loss_sum.item() / progress.batch
+    for ago, value in [] if math.isfinite(loss) else enumerate(run.recent, -len(run.recent)):
         if not math.isfinite(value.item()):
-            files = ", ".join(run.manifest.files[rows])
+            files = ", ".join(run.manifest.files[run.batches.step_rows(progress.batch + ago)])
             raise DataError(
-                f"the loss became {value.item()} in step {step + 1}, on {files}: lower --lr or try "
-                f"--amp off; {run.out} keeps the last good checkpoint"
+                f"the loss became {value.item()} in step {progress.step + ago + 1}, on {files}: "
+                f"lower --lr or try --amp off; {run.out} keeps the last good checkpoint"
             )
     run.recent.clear()
     return loss
@@ -235,6 +257,8 @@ def save(run: Run, name: str) -> None:
     """Write a checkpoint of the run: tensors and plain types, all that --resume needs."""
     if run.progress.batch:
         mean_loss(run)  # never overwrite a good checkpoint with one whose loss is not finite
+    if rank() > 0:
+        return
     progress = vars(run.progress) | {"loss_sum": float(run.progress.loss_sum)}
     state = {
         "model": run.model.state_dict(),
@@ -246,6 +270,7 @@ def save(run: Run, name: str) -> None:
         "colors": [list(color) for color in run.manifest.colors],
         "val_ids": run.manifest.keys(run.val_rows),
         "fingerprint": run.manifest.fingerprint,
+        "images_a_step": run.batches.images,
         "class_weights": None if run.weight is None else run.weight.tolist(),
         "rare": run.rare,
         "wandb_id": run.wandb.id if run.wandb else None,
@@ -261,6 +286,11 @@ def restore(run: Run, state: dict) -> None:
             f"the masks in {run.args.data} are not those that the run began with: "
             "prepare them as they were, or start a new run"
         )
+    if state["images_a_step"] != run.batches.images:
+        raise DataError(
+            f"the run took {state['images_a_step']} images a step, not {run.batches.images}: keep "
+            "the product of --batch-size, --accumulate and the number of processes"
+        )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -268,7 +298,7 @@ def restore(run: Run, state: dict) -> None:
     loss_sum = torch.tensor(progress["loss_sum"], device=run.device)
     run.progress = Progress(**{**progress, "loss_sum": loss_sum})
     path = run.out / "metrics.jsonl"
-    if path.exists():
+    if path.exists() and rank() == 0:
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _epoch_of(line) <= run.progress.epoch]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -314,7 +344,14 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> ModelError |
 
 
 def catch_signals(run: Run) -> None:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.
+
+    Of several ranks the first saves and ends; the others work on with it until it has.
+    """
+    if rank() > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
 
     def note(number: int, _) -> None:
         run.signal = number
@@ -356,7 +393,8 @@ def validation_pictures(run: Run, matrices: np.ndarray) -> list[tuple[str, np.nd
 
 def validate(run: Run, loss: float, images_per_second: float, started: float) -> None:
     """Evaluate, log, and end the epoch: best.pt where it is the best, last.pt in any case."""
-    matrices = evaluate(run.model, run.val_loader, run.device, run.dtype, "validate")
+    mine = evaluate(run.model, run.val_loader, run.device, run.dtype, "validate")
+    matrices = joined(torch.from_numpy(mine).to(run.device), len(run.val_rows)).cpu().numpy()
     entry = report("", run.manifest.classes, matrices, resamples=0)
     total = run.args.epochs * run.steps
     progress = run.progress
@@ -376,8 +414,9 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
         "images_per_second": images_per_second,
         "seconds": time.perf_counter() - started,
     }
-    with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    if rank() == 0:
+        with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
     ious = "  ".join(
         f"{k} {'-' if v is None else f'{100 * v:.1f}'}" for k, v in entry["iou"].items()
     )
@@ -448,6 +487,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    if restarted() and Path(args.out or default_out(args), "last.pt").exists():
+        args.resume = ""  # a rank had died, and torchrun repeats the command
     if args.resume is None:
         if args.model is None:
             parser.error("--model: choose unet or deeplab")
@@ -497,9 +538,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(message)
 
 
-def build_run(args: argparse.Namespace, state: dict | None) -> Run:
+def build_run(args: argparse.Namespace, state: dict | None, device: torch.device) -> Run:
     """Data, model and optimizer of a run; the initial weights are a function of the seed."""
-    device = pick_device(args.device)
     dtype = amp_dtype(args.amp, device)
     if dtype == torch.float16 and device.type != "cuda":
         raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or off")
@@ -517,11 +557,11 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
             "name those to repeat with --rare"
         )
     epoch_rows = oversample(manifest, train_rows, rare, args.oversample)
-    batches = EpochBatches(epoch_rows, args.batch_size, args.seed, args.accumulate)
+    batches = EpochBatches(epoch_rows, args.batch_size, args.seed, args.accumulate, rank(), world())
     if not batches.steps:
         raise DataError(
-            f"--batch-size {args.batch_size} --accumulate {args.accumulate}: there are only "
-            f"{len(epoch_rows)} training images"
+            f"a step takes {batches.images} images, but there are only {len(epoch_rows)} training "
+            "images: lower --batch-size"
         )
     pixels = manifest.pixels[train_rows].sum(axis=0)
     weight = class_weights(pixels) if args.weighted else None
@@ -530,7 +570,8 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
     if args.weights != "coco":
         prior = torch.tensor(pixels) * (1 if weight is None else weight)
         start_from_prior(model, prior / prior.sum())
-    model = model.to(device)
+    model = synchronized(model.to(device), device)
+    forward = parallel(model, device)
     run = Run(
         args=args,
         manifest=manifest,
@@ -538,13 +579,15 @@ def build_run(args: argparse.Namespace, state: dict | None) -> Run:
         device=device,
         dtype=dtype,
         model=model,
-        forward=torch.compile(model) if args.compile else model,
+        forward=torch.compile(forward) if args.compile else forward,
         weight=None if weight is None else weight.to(device),
         rare=rare,
         optimizer=build_optimizer(model, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         loader=training_loader(manifest, batches, args.size, args.seed, args.workers),
-        val_loader=evaluation_loader(manifest, val_rows, args.size, args.batch_size, args.workers),
+        val_loader=evaluation_loader(
+            manifest, val_rows[rank() :: world()], args.size, args.batch_size, args.workers
+        ),
         progress=Progress(loss_sum=torch.zeros((), device=device)),
     )
     describe(run, train_rows)
@@ -559,11 +602,12 @@ def describe(run: Run, train_rows: np.ndarray) -> None:
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     precision = "float32" if run.dtype is None else str(run.dtype).removeprefix("torch.")
     print(
-        f"{args.model}, {millions:.1f} M parameters, on {run.device} in {precision} -> {args.out}"
+        f"{args.model}, {millions:.1f} M parameters, on {run.device} in {precision}, "
+        f"{run.batches.images} images a step -> {args.out}"
     )
     print(f"{len(train_rows)} training and {len(run.val_rows)} validation images; pixels: {shares}")
     if args.oversample > 1:
-        epoch = len(run.loader.batch_sampler.rows)
+        epoch = len(run.batches.rows)
         print(f"images with {', '.join(run.rare)} {args.oversample} times: {epoch} images an epoch")
     if run.weight is not None:
         weights = ", ".join(f"{name} {value:.2f}" for name, value in _weights(run).items())
@@ -589,29 +633,37 @@ def open_directory(run: Run, resumed: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, validating after each epoch."""
+    """Train, validating after each epoch; under torchrun as one of its processes."""
     args, state = parse_args(argv)
-    run = build_run(args, state)
-    open_directory(run, resumed=state is not None)
-    if state is not None:
-        restore(run, state)
-    if args.wandb != "disabled":
-        config = {**vars(args), "rare_classes": run.rare, "class_weights": _weights(run)}
-        run.wandb = WandbLog(args.wandb, run.out, state["wandb_id"] if state else None, config)
-    if run.progress.epoch >= args.epochs:
-        raise DataError(f"{run.out} is done: {args.epochs} epochs; raise --epochs to go on")
-    catch_signals(run)
-    try:
-        while run.progress.epoch < args.epochs:
-            started = time.perf_counter()
-            loss, images_per_second = train_epoch(run)
-            validate(run, loss, images_per_second, started)
-            if run.signal is not None and run.progress.epoch < args.epochs:
-                stop_here(run)
-    except RuntimeError as error:
-        raise out_of_memory(args, error) or error from None
+    device = pick_device(own_device(args.device))
+    with process_group(device):
+        run = build_run(args, state, device)
+        if rank() == 0:
+            open_directory(run, resumed=state is not None)
+        if state is not None:
+            restore(run, state)
+        if run.progress.epoch >= args.epochs:
+            raise DataError(f"{run.out} is done: {args.epochs} epochs; raise --epochs to go on")
+        if args.wandb != "disabled" and rank() == 0:
+            config = {**vars(args), "rare_classes": run.rare, "class_weights": _weights(run)}
+            run.wandb = WandbLog(args.wandb, run.out, state["wandb_id"] if state else None, config)
+        catch_signals(run)
+        try:
+            fit(run)
+        except RuntimeError as error:
+            raise out_of_memory(args, error) or error from None
+        leave(run, 0)
+
+
+def fit(run: Run) -> None:
+    """The epochs that are left."""
+    while run.progress.epoch < run.args.epochs:
+        started = time.perf_counter()
+        loss, images_per_second = train_epoch(run)
+        validate(run, loss, images_per_second, started)
+        if run.signal is not None and run.progress.epoch < run.args.epochs:
+            stop_here(run)
     print(f"best foreground mIoU {100 * max(run.progress.best, 0):.1f}: {run.out / 'best.pt'}")
-    leave(run, 0)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_normalize():
 def epoch_of(manifest, rows, workers, epoch=0, start=0, seed=0):
     loader = training_loader(manifest, EpochBatches(rows, 4, seed), 32, seed, workers)
     loader.batch_sampler.set_epoch(epoch, start)
-    return [(images.clone(), masks.clone(), rows) for images, masks, rows in loader]
+    return [(images.clone(), masks.clone()) for images, masks in loader]
 
 
 def test_batches_are_a_function_of_seed_and_epoch(data):

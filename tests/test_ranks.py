@@ -1,0 +1,110 @@
+"""torchrun with two processes on a CPU: the run of one process, also when one of them is killed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, TINY
+
+from dataset import EpochBatches
+from models import load_checkpoint
+
+# Batch norm is frozen: on a CPU torch cannot compute it over several processes.
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+import torch, train
+torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+step = train.train_step
+def deadly(run, batches):
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if {kill} and first_life and os.environ["RANK"] == "1" and run.progress.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, batches)
+train.train_step = deadly
+train.main(sys.argv[1:])
+"""
+
+
+def launch(folder, data, ranks, batch_size, kill, *flags):
+    """Train with so many ranks; with `kill` the second of them dies once in the second epoch."""
+    folder.mkdir()
+    (folder / "driver.py").write_text(DRIVER.format(scripts=str(SCRIPTS), kill=kill))
+    line = [folder / "driver.py", "--data", data, *TINY, "--batch-size", batch_size, "--model"]
+    line += ["unet", "--oversample", 3, "--rare", "bus", "dog", "--out", folder / "run", *flags]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", 1]
+        line = [*torchrun, "--nproc-per-node", ranks, *line]
+    result = subprocess.run(
+        [sys.executable, *map(str, line)], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def lines_of(folder):
+    return [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tried on Linux only")
+def test_two_ranks_one_of_which_dies_give_the_run_of_one_process(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--epochs", 2, "--weighted", "--accumulate", 2, "--save-every", 0]
+    launch(one, data, 1, 8, False, *flags)
+    result = launch(two, data, 2, 4, True, *flags)
+    assert result.stdout.count("images a step") == 2  # rank 0 alone speaks, in both of its lives
+    a, b = (load_checkpoint(folder / "run" / "last.pt") for folder in (one, two))
+    assert a["progress"]["step"] == b["progress"]["step"] >= 4
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=1e-5)
+    assert [line["epoch"] for line in lines_of(two)] == [1, 2]
+    for line, other in zip(lines_of(one), lines_of(two)):
+        assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tried on Linux only")
+def test_two_ranks_count_each_validation_image_once(data, tmp_path):
+    """The rate is nothing, so the weights are the same: nine images on two ranks, the same pixels."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, ranks, batch_size in ((one, 1, 8), (two, 2, 4)):
+        launch(folder, data, ranks, batch_size, False, "--epochs", 1, "--lr", 1e-30)
+    (line,), (other,) = lines_of(one), lines_of(two)
+    for key in ("val_iou", "val_miou", "val_foreground_miou", "step"):
+        assert other[key] == line[key]
+    assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "world"), [(2, 3, 2), (4, 1, 3), (12, 1, 1)])
+def test_a_step_holds_the_same_images_however_they_are_dealt_out(batch_size, accumulate, world):
+    rows = np.arange(100, 130)
+    whole = EpochBatches(rows, 12, seed=3)
+    parts = [EpochBatches(rows, batch_size, 3, accumulate, r, world) for r in range(world)]
+    for epoch in (0, 1):
+        for batches in (whole, *parts):
+            batches.set_epoch(epoch)
+        steps = [sorted(batch) for batch in whole]
+        dealt = [list(part) for part in parts]
+        assert len(steps) == 2
+        for step, expected in enumerate(steps):
+            mine = [d[step * accumulate : (step + 1) * accumulate] for d in dealt]
+            keys = [key for batches in mine for batch in batches for key in batch]
+            assert sorted(keys) == expected
+            assert sorted(whole.step_rows(step)) == sorted(row for _, _, row in expected)
+
+
+def test_another_number_of_images_a_step_is_refused_on_resume(data, tmp_path, refused):
+    import train
+
+    out = tmp_path / "run"
+    flags = ["--data", str(data), *TINY, "--model", "unet", "--epochs", "1", "--out", str(out)]
+    train.main(flags)
+    resume = ["--resume", out / "last.pt", "--epochs", 2]
+    sentence = refused("train", *resume, "--batch-size", 3)
+    assert "4 images a step, not 3" in sentence
+    train.main([*map(str, resume), "--batch-size", "2", "--accumulate", "2"])
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
