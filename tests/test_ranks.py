@@ -69,7 +69,7 @@ def test_two_ranks_one_of_which_dies_give_the_run_of_one_process(data, tmp_path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tried on Linux only")
 def test_two_ranks_count_each_validation_image_once(data, tmp_path):
-    """The rate is nothing, so the weights are the same: nine images on two ranks, the same pixels."""
+    """The rate is nothing, so the weights stay the same; two ranks share nine images."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, ranks, batch_size in ((one, 1, 8), (two, 2, 4)):
         launch(folder, data, ranks, batch_size, False, "--epochs", 1, "--lr", 1e-30)
