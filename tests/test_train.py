@@ -480,7 +480,7 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert not (tmp_path / "run").exists()
     assert "holds a run already" in refused("train", *base, "--out", checkpoint.parent)
     assert "no checkpoint at" in refused("train", *base, "--resume")
-    assert "cannot change it" in refused("train", "--resume", checkpoint, "--batch-size", 5)
+    assert "cannot change it" in refused("train", "--resume", checkpoint, "--size", 64)
     assert "is done" in refused("train", "--resume", checkpoint)
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused("train", *base, "--out", tmp_path / "file" / "run")
