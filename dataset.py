@@ -13,11 +13,12 @@ the augmentation of an image a function of (seed, epoch, position in the epoch).
 import hashlib
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -31,6 +32,8 @@ STD = (0.229, 0.224, 0.225)
 
 # Evaluation pads to this multiple, so that batches of few different shapes hold all images.
 PAD_MULTIPLE = 32
+# Native pixels of a batch, unless it is one image: 200 MB as RGB, whatever the size of the images.
+BATCH_PIXELS = 2**26
 
 
 # --- split and oversampling --------------------------------------------------------------------
@@ -99,30 +102,69 @@ def oversample(manifest: Manifest, rows: np.ndarray, rare: list[str], factor: in
 # --- reading -----------------------------------------------------------------------------------
 
 
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(
+            f"no image at {path}: the images moved? run prepare_masks.py again with --coco-root"
+        ) from None
+    except Exception as error:  # a damaged file can make Pillow's decoders raise anything
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image, or of a format that Pillow does not know"
+        raise DataError(f"cannot read the image {path} ({reason}): replace or remove it") from None
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode any image file to RGB.
+    """Decode any image file to 8-bit RGB: 16 bits scaled down, transparency over white.
 
     COCO annotates the pixels as stored, so EXIF rotation is applied only where the turned image,
     and not the stored one, has the annotated `size` (height, width). Without `size` it always is.
     Raises DataError if the file is missing, not an image, or of neither size.
     """
-    try:
-        with Image.open(path) as image:
-            turned = (
-                ImageOps.exif_transpose(image) if size is None or _size(image) != size else image
+    with _open_image(path) as image:
+        turned = ImageOps.exif_transpose(image) if size is None or _size(image) != size else image
+        if size is not None and _size(turned) != size:
+            raise DataError(
+                f"{path} is {image.height}x{image.width} (height x width), the annotations say "
+                f"{size[0]}x{size[1]}: replace the image or run prepare_masks.py again"
             )
-            if size is not None and _size(turned) != size:
-                raise DataError(
-                    f"{path} is {image.height}x{image.width} (height x width), the annotations say "
-                    f"{size[0]}x{size[1]}: replace the image or run prepare_masks.py again"
-                )
-            return turned.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(
-            f"no image at {path}: the images moved? run prepare_masks.py again with --coco-root"
-        ) from None
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {path} ({error}): replace or remove it") from None
+        return _rgb(turned)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width that `read_image(path)` will have, from the header alone.
+
+    Rarely the decoded image differs, as with EXIF behind the pixels of a PNG. Raises DataError if
+    the file is missing or not an image.
+    """
+    with _open_image(path) as image:
+        # A TIFF, whose EXIF is not in `info`, gives its upright size itself.
+        exif = image.getexif() if "exif" in image.info else {}
+        swapped = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if swapped else _size(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()  # some formats tell their mode only then
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose white could be any number")
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip them at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise ValueError("pixels of more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))  # as Pillow reads 16-bit colours
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def _size(image: Image.Image) -> tuple[int, int]:
@@ -349,15 +391,26 @@ def evaluation_loader(
     A batch holds images of one padded shape, so what surrounds an image, and with it its logits,
     does not depend on the images beside it. Every row comes exactly once.
     """
-    shapes = {}
-    for row in rows.tolist():
-        shapes.setdefault(padded_size(*manifest.sizes[row].tolist(), size), []).append(row)
-    batches = [
-        group[first : first + batch_size]
-        for _, group in sorted(shapes.items())
-        for first in range(0, len(group), batch_size)
-    ]
+    batches = like_batches(manifest.sizes[rows].tolist(), size, batch_size)
+    batches = [rows[batch].tolist() for batch in batches]
     return _loader(EvaluationSet(manifest, size), batches, workers, _pad_masks)
+
+
+def like_batches(sizes: list[tuple[int, int]], size: int, batch_size: int) -> list[list[int]]:
+    """Indices of images with these native `sizes`, in batches of one padded shape; each once.
+
+    A batch has at most `batch_size` images and, if more than one, `BATCH_PIXELS` native pixels.
+    """
+    shapes, pixels = {}, {}
+    for index, (height, width) in enumerate(sizes):
+        shape = padded_size(height, width, size)
+        batches = shapes.setdefault(shape, [[]])
+        pixels[shape] = pixels.get(shape, 0) + height * width
+        if batches[-1] and (len(batches[-1]) == batch_size or pixels[shape] > BATCH_PIXELS):
+            batches.append([])
+            pixels[shape] = height * width
+        batches[-1].append(index)
+    return [batch for _, batches in sorted(shapes.items()) for batch in batches]
 
 
 def _pad_masks(items: list) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

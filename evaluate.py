@@ -8,6 +8,7 @@ nowhere; a class that neither truth nor prediction holds has no IoU and enters n
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ from pictures import Example, draw_panels
 from report import add_differences, as_markdown, as_text, percent, plain, report, scores, tables
 
 IMAGES = ["validation", "training", "all"]
+# Logits of native size are built at once up to this many numbers (256 MB), else class by class.
+WHOLE_LOGITS = 2**26
 
 
 # --- the metric --------------------------------------------------------------------------------
@@ -67,28 +70,46 @@ class ConfusionMatrix:
 def predict_batches(
     model: torch.nn.Module, loader: DataLoader, device: torch.device, dtype: torch.dtype | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Row, prediction (H, W) int64 and mask (H, W) uint8 of every image, native, on the device."""
+    """Row, prediction (H, W) uint8 and mask (H, W) uint8 of every image, native, on the device."""
     dataset = loader.dataset
     for images, masks, rows in loader:
-        images = normalize(images.to(device, non_blocking=True))
         masks = masks.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(images)["out"]
+        logits = batch_logits(model, images, device, dtype)
         for row, image_logits, mask in zip(rows, logits, masks):
             height, width = dataset.manifest.sizes[row].tolist()
             prediction = native_prediction(image_logits, height, width, dataset.size)
             yield row, prediction, mask[:height, :width]
 
 
-def native_prediction(logits: torch.Tensor, height: int, width: int, size: int) -> torch.Tensor:
-    """(H, W) int64 labels from (C, h, w) logits of an image evaluated at `size`.
+def batch_logits(
+    model: torch.nn.Module, images: torch.Tensor, device: torch.device, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images."""
+    images = normalize(images.to(device, non_blocking=True))
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        return model(images)["out"]
 
-    The padding is cut off, and the logits, not the labels, are brought to the native size.
+
+def native_prediction(logits: torch.Tensor, height: int, width: int, size: int) -> torch.Tensor:
+    """(H, W) uint8 labels from (C, h, w) logits of an image evaluated at `size`.
+
+    The padding is cut off, and the logits, not the labels, are brought to the native size. Where
+    logits are equal the lowest label wins.
     """
     h, w = resized_size(height, width, size)
-    logits = logits[None, :, :h, :w].float()
-    logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-    return logits[0].max(dim=0).indices  # on a CPU ten times as fast as argmax
+    # Classes as the batch: how the kernels round depends on the number of channels.
+    logits = logits[:, None, :h, :w].float()
+    resize = partial(F.interpolate, size=(height, width), mode="bilinear", align_corners=False)
+    if len(logits) * height * width <= WHOLE_LOGITS:
+        # On a CPU ten times as fast as argmax.
+        return resize(logits)[:, 0].max(dim=0).indices.to(torch.uint8)
+    best = resize(logits[:1])[0, 0]
+    labels = torch.zeros_like(best, dtype=torch.uint8)
+    for label in range(1, len(logits)):
+        values = resize(logits[label : label + 1])[0, 0]
+        labels.masked_fill_(values > best, label)
+        torch.maximum(best, values, out=best)
+    return labels
 
 
 @torch.inference_mode()
@@ -157,8 +178,7 @@ def save_panels(
         named = [f"{name} {percent(plain(v))}" for name, v in zip(manifest.classes, values)]
         caption = ", ".join(text for text in named if not text.endswith(" -"))
         caption = f"{manifest.files[row]}   IoU in %: {caption or 'no pixel counts'}"
-        labels = prediction.cpu().numpy().astype(np.uint8)
-        examples[row] = Example(row, labels, mask.cpu().numpy(), caption)
+        examples[row] = Example(row, prediction.cpu().numpy(), mask.cpu().numpy(), caption)
     try:
         draw_panels(manifest, [examples[row] for row in rows]).save(path)
     except OSError as error:

@@ -184,19 +184,28 @@ def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> Non
         sys.exit(130)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary file, sync, rename. Raises DataError."""
+def write_whole(path: Path, content: bytes | memoryview, sync: bool = True) -> None:
+    """Write a file whole or not at all: temporary file, rename. Raises DataError.
+
+    With `sync` it outlasts a power cut too, at the price of waiting for the disk.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` of text."""
+    write_whole(path, text.encode())
 
 
 def write_json(path: Path, content: object, indent: int | None = 1) -> None:

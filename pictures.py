@@ -42,7 +42,8 @@ def overlay(image: Image.Image, mask: np.ndarray, colors: list) -> Image.Image:
 
     The background stays as it is; ignored pixels are white.
     """
-    opacity = np.where(outline(mask), 255, np.where(mask != 0, OPACITY, 0)).astype(np.uint8)
+    opacity = (mask != 0) * np.uint8(OPACITY)
+    opacity[outline(mask)] = 255
     return Image.composite(color_mask(mask, colors), image, Image.fromarray(opacity))
 
 

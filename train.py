@@ -384,7 +384,7 @@ def validation_pictures(run: Run, matrices: np.ndarray) -> list[tuple[str, np.nd
     for row, prediction, mask in predict_batches(run.model, loader, run.device, run.dtype):
         image, _ = read_pair(run.manifest, row)
         masks = {
-            name: {"mask_data": data.cpu().numpy().astype(np.uint8), "class_labels": labels}
+            name: {"mask_data": data.cpu().numpy(), "class_labels": labels}
             for name, data in (("prediction", prediction), ("ground_truth", mask))
         }
         pictures.append((str(run.manifest.files[row]), image.permute(1, 2, 0).numpy(), masks))

@@ -18,6 +18,7 @@ from dataset import (
     TrainingSet,
     evaluation_input,
     evaluation_loader,
+    like_batches,
     normalize,
     oversample,
     padded_size,
@@ -250,6 +251,21 @@ def test_evaluation_loader_gives_every_image_once_with_255_around_its_mask(data)
                 assert image.shape[1:] == padded_size(height, width, 64)
             seen += batch
         assert sorted(seen) == rows.tolist()
+
+
+def test_batches_are_of_like_images_and_few_pixels():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 9000, (300, 2)).tolist()
+    batches = like_batches(sizes, 64, 4)
+    assert sorted(index for batch in batches for index in batch) == [*range(300)]
+    for batch in batches:
+        assert len({padded_size(*sizes[index], 64) for index in batch}) == 1
+        pixels = sum(sizes[index][0] * sizes[index][1] for index in batch)
+        assert len(batch) == 1 or (len(batch) <= 4 and pixels <= dataset.BATCH_PIXELS)
+    assert like_batches([(480, 640)] * 9, 64, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert like_batches([(4000, 6000)] * 5, 64, 4) == [[0, 1], [2, 3], [4]]  # 24 megapixels each
+    assert like_batches([(12_000, 9000)] * 2, 64, 4) == [[0], [1]]
+    assert like_batches([], 64, 4) == []
 
 
 # --- reading -----------------------------------------------------------------------------------

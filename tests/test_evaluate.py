@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command, some_images, write_coco
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import evaluate as evaluation
@@ -16,6 +19,7 @@ from dataset import (
     evaluation_input,
     evaluation_loader,
     normalize,
+    padded_size,
     read_pair,
     resized_size,
 )
@@ -74,6 +78,36 @@ def test_logits_are_resized_not_labels():
     # Bilinear, the difference of the logits falls 3, 3, 2.5, 1.5, 0.5, -0.5, -1, -1: five columns,
     # where resized labels would give four.
     assert prediction.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]] * 8
+
+
+@given(
+    classes=st.integers(1, 25),
+    height=st.integers(1, 300),
+    width=st.integers(1, 400),
+    size=st.integers(1, 90),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_class_by_class_is_the_same_as_all_at_once(classes, height, width, size, seed):
+    """Bit for bit: where classes tie, as integers do, and where only the rounding decides."""
+    h, w = padded_size(height, width, size)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, classes, h, w, generator=generator)
+    logits = logits.round() if seed % 2 else logits[:, :1] + 1e-7 * logits
+    logits = logits.to(memory_format=torch.channels_last)[0]
+    with patch.object(evaluation, "WHOLE_LOGITS", 2**40):
+        at_once = native_prediction(logits, height, width, size)
+    with patch.object(evaluation, "WHOLE_LOGITS", 0):
+        by_class = native_prediction(logits, height, width, size)
+    assert at_once.dtype == by_class.dtype == torch.uint8
+    assert torch.equal(at_once, by_class)
+
+
+def test_a_tie_is_the_lowest_label():
+    logits = torch.tensor([1.0, 2, 2, 0, 2]).view(5, 1, 1).expand(5, 32, 32)
+    for limit in (0, 2**40):
+        with patch.object(evaluation, "WHOLE_LOGITS", limit):
+            assert (native_prediction(logits, 200, 100, 16) == 1).all()
 
 
 def test_report(checkpoint, tmp_path):

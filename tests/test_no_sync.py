@@ -1,6 +1,7 @@
 """Nothing in a step of training or evaluation waits for the GPU, and nothing lands on the wrong
 device: read off the operations themselves, which needs no GPU."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 from dataset import normalize
 from evaluate import ConfusionMatrix, native_prediction, predict_batches
 from losses import total_loss
@@ -118,6 +120,15 @@ def test_an_evaluation_step_reads_nothing_back(name):
         confusion = evaluation_step(model, "cpu", images, masks)
     assert "scatter_add_" in mode.operations
     assert confusion.matrices().sum() == 2 * 28 * 32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_labels_of_large_images_read_nothing_back(monkeypatch, device):
+    monkeypatch.setattr(evaluate, "WHOLE_LOGITS", 0)
+    with FakeTensorMode() if device == "cuda" else nullcontext(), NoSync() as mode:
+        labels = native_prediction(torch.zeros(3, 32, 32, device=device), 64, 64, 32)
+        assert labels.device.type == device
+    assert "maximum" in mode.operations
 
 
 @pytest.mark.parametrize("action", [
