@@ -8,7 +8,7 @@ demo: .venv/runtime
 	$(BIN)/python demo.py --out demo
 
 test: .venv/tests lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/tests
 	$(BIN)/ruff check .

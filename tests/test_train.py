@@ -272,7 +272,11 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     flags = [*TINY[:-2], "--wandb", "auto", "--model", "unet", "--epochs", "2", "--weighted"]
     train.main(["--data", str(data), "--out", str(out), *flags])
-    found = records(out / "wandb")
+    found, deadline = [], time.monotonic() + 30
+    while not any(record.WhichOneof("record_type") == "exit" for record in found):
+        assert time.monotonic() < deadline  # wandb's service writes on after finish() has returned
+        time.sleep(0.2)
+        found = records(out / "wandb")
     config, history, summary = {}, [], {}
     for record in found:
         for item in [*record.run.config.update, *record.config.update]:
