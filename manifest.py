@@ -173,8 +173,10 @@ def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> Non
         sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # torch raises it from anywhere, in a handler
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Of a dead loader process one learns by a lost connection, or by an error that torch raises
+        # in a signal handler, wherever the program is.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         sentence = "a loader process died, killed or out of memory: try fewer --workers"
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)

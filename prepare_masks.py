@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
@@ -232,7 +232,7 @@ def check_image_file(task: Task) -> None:
             sizes = [(image.height, image.width)]
             if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations that swap the sides
                 sizes.append((image.width, image.height))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # a damaged header can make Pillow raise anything
         raise Unusable("image file is not readable") from None
     if (task.height, task.width) not in sizes:
         raise Unusable("image file has another size than the annotations say")
