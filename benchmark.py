@@ -183,6 +183,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = build_parser().parse_args(argv)
+    prepare_masks.image_folder(args.coco_root, args.split)
+    path = args.coco_root / "annotations" / f"instances_{args.split}.json"
+    if not path.is_file():
+        raise DataError(f"no annotation file {path}: check --coco-root and --split")
     with tempfile.TemporaryDirectory() as work:
         benchmark_masks(args, Path(work))
 
