@@ -94,9 +94,13 @@ def rare_classes(manifest: Manifest, rows: np.ndarray, threshold: float = 0.05) 
 
 def oversample(manifest: Manifest, rows: np.ndarray, rare: list[str], factor: int) -> np.ndarray:
     """`rows` with those whose image holds a class of `rare` repeated `factor` times."""
-    labels = [manifest.classes.index(name) for name in rare]
-    holds = (manifest.pixels[rows][:, labels] > 0).any(axis=1)
-    return np.repeat(rows, np.where(holds, factor, 1))
+    return np.repeat(rows, np.where(holds_any(manifest, rows, rare), factor, 1))
+
+
+def holds_any(manifest: Manifest, rows: np.ndarray, names: list[str]) -> np.ndarray:
+    """(N,) bool: whether each image of `rows` has a pixel of any of the named classes."""
+    labels = [manifest.classes.index(name) for name in names]
+    return (manifest.pixels[rows][:, labels] > 0).any(axis=1)
 
 
 # --- reading -----------------------------------------------------------------------------------

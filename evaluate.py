@@ -55,8 +55,8 @@ class ConfusionMatrix:
 
     def update(self, image: int, prediction: torch.Tensor, mask: torch.Tensor) -> None:
         """Count the pixels of one image. Both are (H, W) integer; the mask may hold 255."""
-        bins = mask.long() * self.classes + prediction
-        bins = torch.where(mask == IGNORE_INDEX, self.classes**2, bins).flatten()
+        bins = mask.int() * self.classes + prediction  # int64 would take five times as long
+        bins = torch.where(mask == IGNORE_INDEX, self.classes**2, bins).flatten().long()
         self.bins[image].scatter_add_(0, bins, self.one.expand(len(bins)))
 
     def matrices(self) -> np.ndarray:

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,7 @@ MANIFEST_VERSION = 1
 IGNORE_INDEX = 255
 BACKGROUND = "background"
 IGNORE_COLOR = (255, 255, 255)
+DEAD_LOADER = "error: a loader process died, killed or out of memory: try fewer --workers"
 # Colour-blind safe (Okabe and Ito); further classes take hues in golden-ratio steps.
 COLORS = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]
 
@@ -162,28 +164,39 @@ def command_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def run_command(main: Callable[[], int | None], *errors: type[Exception]) -> None:
-    """Run a script's `main` and exit: 2 and one sentence for `errors`, 130 for Ctrl-C.
+    """Run a script's `main` and exit: 2 and one sentence for `errors`, 130 for Ctrl-C."""
+    try:
+        try:
+            code, sentence = _outcome(main, errors)
+        finally:
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except RuntimeError as error:
+        # torch tells of a dead loader process by an error in its handler of SIGCHLD, wherever the
+        # program is: perhaps while `_outcome` deals with the connection that broke with it.
+        if "DataLoader worker" not in str(error):
+            raise
+        code, sentence = 2, DEAD_LOADER
+    if sentence:
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int | None], errors: tuple) -> tuple[int | None, str | None]:
+    """Exit code and sentence.
 
     An error raised in a loader worker arrives with the worker's traceback in its text; the sentence
     is the last line of it.
     """
     try:
-        sys.exit(main())
+        return main(), None
     except errors as error:
-        sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
-        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # Of a dead loader process one learns by a lost connection, or by an error that torch raises
-        # in a signal handler, wherever the program is.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        sentence = "a loader process died, killed or out of memory: try fewer --workers"
-        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
-        sys.exit(2)
+        text = str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ")[-1]
+        return 2, f"error: {text}"
+    except (ConnectionError, EOFError):
+        return 2, DEAD_LOADER
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130, "interrupted"
 
 
 def write_whole(path: Path, content: bytes | memoryview, sync: bool = True) -> None:

@@ -21,6 +21,7 @@ NAMES = {
     "train_loss": "train/loss",
     "lr": "train/lr",
     "images_per_second": "train/images_per_second",
+    "skipped_steps": "train/skipped_steps",
     "epoch": "epoch",
 }
 
@@ -83,7 +84,7 @@ class WandbLog:
         import wandb
 
         values = {f"val_iou/{name}": iou for name, iou in line["val_iou"].items()}
-        values |= {name: line[key] for key, name in NAMES.items()}
+        values |= {name: line.get(key) for key, name in NAMES.items()}
         values = {name: value for name, value in values.items() if value is not None}
         for number, (caption, image, masks) in enumerate(pictures):
             values[f"examples/{number}"] = wandb.Image(image, masks=masks, caption=caption)

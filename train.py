@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dataset import (
     EpochBatches,
     evaluation_loader,
+    holds_any,
     mixed_seed,
     normalize,
     oversample,
@@ -250,6 +251,13 @@ def mean_loss(run: Run) -> float:
     return loss
 
 
+def skipped_steps(run: Run) -> int:
+    """Steps that the fp16 scaler has left out since a gradient overflowed: the optimizer counts,
+    on the device, those that it made."""
+    made = next(iter(run.optimizer.state.values()))["step"].item()
+    return run.progress.step - int(made)
+
+
 # --- saving and resuming -----------------------------------------------------------------------
 
 
@@ -370,6 +378,14 @@ def _weights(run: Run) -> dict[str, float] | None:
     return dict(zip(run.manifest.classes, run.weight.tolist()))
 
 
+def wandb_config(run: Run) -> dict:
+    """The arguments, and what was computed from the training images."""
+    rows = np.unique(run.batches.rows)
+    rare_images = int(holds_any(run.manifest, rows, run.rare).sum())
+    computed = {"rare_classes": run.rare, "rare_images": rare_images}
+    return {**vars(run.args), **computed, "class_weights": _weights(run)}
+
+
 @torch.inference_mode()
 def validation_pictures(run: Run, matrices: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
     """(caption, image, masks as wandb.Image takes them) of the same few validation images each
@@ -414,6 +430,8 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
         "images_per_second": images_per_second,
         "seconds": time.perf_counter() - started,
     }
+    if run.scaler.is_enabled():
+        line["skipped_steps"] = skipped_steps(run)
     if rank() == 0:
         with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -423,7 +441,8 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
     print(
         f"epoch {progress.epoch}/{run.args.epochs}  loss {loss:.4f}  "
         f"fg mIoU {100 * (value or 0):.1f}{' *' if better else '  '} {ious}  "
-        f"{images_per_second:.1f} images/s  {line['seconds']:.0f} s",
+        f"{images_per_second:.1f} images/s  {line['seconds']:.0f} s"
+        + (f"  {line['skipped_steps']} steps skipped" if line.get("skipped_steps") else ""),
         flush=True,
     )
     if run.wandb:
@@ -645,8 +664,9 @@ def main(argv: list[str] | None = None) -> None:
         if run.progress.epoch >= args.epochs:
             raise DataError(f"{run.out} is done: {args.epochs} epochs; raise --epochs to go on")
         if args.wandb != "disabled" and rank() == 0:
-            config = {**vars(args), "rare_classes": run.rare, "class_weights": _weights(run)}
-            run.wandb = WandbLog(args.wandb, run.out, state["wandb_id"] if state else None, config)
+            run.wandb = WandbLog(
+                args.wandb, run.out, state["wandb_id"] if state else None, wandb_config(run)
+            )
         catch_signals(run)
         try:
             fit(run)

@@ -23,7 +23,8 @@ def test_command_parses(script, arguments):
 
 
 def test_there_are_commands():
-    assert {script for script, _ in COMMANDS} == {"prepare_masks", "train", "evaluate", "predict"}
+    scripts = {"prepare_masks", "train", "evaluate", "predict", "benchmark"}
+    assert {script for script, _ in COMMANDS} == scripts
 
 
 def test_flags_in_tables_exist():
@@ -33,7 +34,9 @@ def test_flags_in_tables_exist():
             assert re.search(rf"{flag}\b", known), flag
 
 
-@pytest.mark.parametrize("script", ["prepare_masks", "train", "evaluate", "predict", "demo"])
+@pytest.mark.parametrize(
+    "script", ["prepare_masks", "train", "evaluate", "predict", "demo", "benchmark"]
+)
 def test_help_shows_an_example_that_parses_and_the_defaults(script):
     parser = importlib.import_module(script).build_parser()
     example = shlex.split(parser.epilog.removeprefix("example: python "))

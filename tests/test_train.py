@@ -147,32 +147,43 @@ def test_the_number_of_workers_changes_no_bit(data, tmp_path):
 
 
 KILLED = """
-import os, random, signal, sys, threading
+import os, random, signal, sys
 sys.path.insert(0, {scripts!r})
-import train
+import models, train
 out, kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 rng = random.Random(0)
-step = train.train_step
+left = -1
 
-def attempt(arguments, steps, delay):
-    def counted(run, batches):
-        nonlocal steps
-        steps -= 1
-        if steps == 0:  # a little later: in the next step, or while it saves or validates
-            threading.Timer(delay, os.kill, [os.getpid(), signal.SIGKILL]).start()
-        return step(run, batches)
-    child = os.fork()
-    if not child:
-        train.train_step = counted
-        train.main(arguments)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+def mortal(module, name):
+    # Before and after each call the process may die.
+    function = getattr(module, name)
+    def call(*arguments):
+        live()
+        result = function(*arguments)
+        live()
+        return result
+    setattr(module, name, call)
+
+def live():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for name in ("train_step", "save", "evaluate"):
+    mortal(train, name)
+for name in ("fsync", "link", "replace"):
+    mortal(models.os, name)
 
 killed = 0
 while True:
-    saved = os.path.exists(out + "/last.pt")
-    arguments = ["--out", out, "--resume"] if saved else ["--out", out, *flags]
-    status = attempt(arguments, rng.randint(1, 4) if killed < kills else -1, rng.uniform(0, 0.2))
+    saved = any(os.path.exists(out + name) for name in ("/last.pt", "/previous.pt"))
+    left = rng.randint(1, 30) if killed < kills else -1
+    child = os.fork()
+    if not child:
+        train.main(["--out", out, "--resume"] if saved else ["--out", out, *flags])
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
     if status == 0:
         break
     assert status == signal.SIGKILL, status
@@ -183,7 +194,7 @@ print("killed", killed)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_run_killed_ten_times_ends_bit_equal_to_one_left_alone(data, tmp_path):
-    flags = ["--data", data, *TINY, "--model", "unet", "--epochs", "9", "--save-every", "0"]
+    flags = ["--data", data, *TINY, "--model", "unet", "--epochs", "5", "--save-every", "0"]
     line = [sys.executable, "-c", KILLED.format(scripts=str(SCRIPTS)), tmp_path / "killed", 10]
     result = subprocess.run([*map(str, [*line, *flags])], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -305,6 +316,7 @@ def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
                 logged["examples/0/height"],
             )
     assert config["rare_classes"] == ["dog"]
+    assert config["rare_images"] == 1
     best = max(lines_of(out), key=lambda line: line["val_foreground_miou"])
     assert summary["best/val/foreground_miou"] == pytest.approx(best["val_foreground_miou"])
     assert summary["best/val_iou/person"] == pytest.approx(best["val_iou"]["person"])
@@ -390,6 +402,29 @@ def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeyp
     assert "the loss became nan in step 9, on train2017/t0" in sentence
     assert sentence.count(".jpg") == 4
     assert (out / "last.pt").read_bytes() == before
+
+
+def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
+    """As fp16 does on a GPU: gradients that overflow change no weight, and the run goes on."""
+    torch.manual_seed(0)
+    model = build_model("unet", ["background", "person", "car"], width=4)
+    args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=False)
+    run = SimpleNamespace(
+        args=args, steps=5, device=torch.device("cpu"), dtype=None, forward=model, weight=None,
+        optimizer=train.build_optimizer(model, 1e-2), progress=train.Progress(),
+        scaler=torch.amp.GradScaler("cpu"),
+    )  # fmt: skip
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.uint8)
+    original, skipped = train.total_loss, []
+    for factor in (float("inf"), 1.0, 1.0, float("inf"), 1.0):
+        monkeypatch.setattr(train, "total_loss", lambda *a, f=factor: original(*a) * f)
+        before = [p.detach().clone() for p in model.parameters()]
+        train.train_step(run, [batch])
+        run.progress.step += 1
+        skipped.append(train.skipped_steps(run))
+        changed = not all(map(torch.equal, before, model.parameters()))
+        assert changed == (factor == 1)
+    assert skipped == [1, 1, 1, 2, 2]
 
 
 def test_accumulated_batches_give_the_step_of_the_whole(data):
