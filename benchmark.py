@@ -1,6 +1,9 @@
 """Each stage beside the straightforward way of doing it, as ratios in one run.
 
     python benchmark.py masks --coco-root coco --split val2017 --images 5000
+    python benchmark.py train --data data --model deeplab --size 512
+    python benchmark.py metric
+    python benchmark.py bootstrap
 
 Every measurement runs in a process of its own and is repeated; the median stands in the table. Do
 nothing else on the machine meanwhile.
@@ -24,7 +27,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import prepare_masks
-from manifest import DataError, class_colors, command_parser, default_workers, run_command
+from manifest import (
+    DataError,
+    class_colors,
+    command_parser,
+    default_workers,
+    load_manifest,
+    run_command,
+)
 
 MEGABYTE = 1 << (10 if sys.platform == "linux" else 20)  # of ru_maxrss
 
@@ -32,8 +42,9 @@ MEGABYTE = 1 << (10 if sys.platform == "linux" else 20)  # of ru_maxrss
 # --- measuring ---------------------------------------------------------------------------------
 
 
-def measured(function: Callable, *arguments: object) -> dict[str, float]:
-    """Seconds of a call in a fresh process; peak memory of that and of its largest child, in MB."""
+def measured(function: Callable, *arguments: object) -> dict:
+    """Result and seconds of a call in a fresh process; peak memory in MB of that and of its largest
+    child."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, function, arguments))
@@ -50,18 +61,20 @@ def measured(function: Callable, *arguments: object) -> dict[str, float]:
 def _measure(sender, function: Callable, arguments: tuple) -> None:
     with open("/dev/null", "w") as null, redirect_stdout(null):
         start = time.perf_counter()
-        function(*arguments)
+        result = function(*arguments)
         seconds = time.perf_counter() - start
     peaks = [
         resource.getrusage(who).ru_maxrss / MEGABYTE
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
-    sender.send({"seconds": seconds, "parent": peaks[0], "worker": peaks[1]})
+    figures = {"seconds": seconds, "parent": peaks[0], "worker": peaks[1]}
+    sender.send({**figures, "result": result})
 
 
-def median(runs: list[dict[str, float]]) -> dict[str, float]:
+def median(runs: list[dict]) -> dict[str, float]:
     """The median of each figure."""
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    keys = ("seconds", "parent", "worker")
+    return {key: statistics.median(run[key] for run in runs) for key in keys}
 
 
 # --- masks -------------------------------------------------------------------------------------
@@ -160,6 +173,23 @@ def benchmark_masks(args: argparse.Namespace, work: Path) -> None:
             print(line(name, f"{seconds:.1f}", *speed, ratio, f"{figure['parent']:.0f}", worker))
 
 
+# --- the other stages ---------------------------------------------------------------------------
+
+
+def print_rates(ways: dict, repeats: int, title: str, unit: str) -> None:
+    """A table of rates, the highest beside the first; the ways take turns."""
+    runs = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            runs[name].append(measured(*way)["result"])
+    rates = {name: statistics.median(each) for name, each in runs.items()}
+    baseline = next(iter(rates.values()))
+    line = "{:<28}{:>14}{:>8}".format
+    print(line(title, unit, "ratio"))
+    for name, rate in rates.items():
+        print(line(name, f"{rate:.1f}", f"{rate / baseline:.1f}"))
+
+
 # --- command line ------------------------------------------------------------------------------
 
 
@@ -169,26 +199,52 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure each stage beside the straightforward way of doing it.",
         "python benchmark.py masks --coco-root coco --images 5000",
     )
-    parser.add_argument("stage", choices=["masks"], help="what to measure")
+    stages = ["masks", "train", "metric", "bootstrap"]
+    parser.add_argument("stage", choices=stages, help="what to measure")
     add = parser.add_argument
-    add("--coco-root", type=Path, required=True, help="real images and annotations to repeat")
+    add("--repeats", type=int, default=3, help="runs of each way, of which the median counts")
+    workers = "processes (train: the last number)"
+    add("--workers", type=int, nargs="+", default=[1, default_workers()], help=workers)
+    add = parser.add_argument_group("masks").add_argument
+    add("--coco-root", type=Path, help="real images and annotations to repeat")
     add("--split", default="val2017", help="instances_<split>.json to read")
     add("--images", type=int, nargs="+", default=[5000], help="how many to make of them")
-    add("--workers", type=int, nargs="+", default=[1, default_workers()], help="processes")
-    add("--repeats", type=int, default=3, help="runs of each way, of which the median counts")
     add("--baseline-up-to", type=int, default=5000, metavar="N", help="more images: ours alone")
+    add = parser.add_argument_group("train").add_argument
+    add("--data", type=Path, default=Path("data"), help="what prepare_masks.py wrote")
+    add("--model", choices=["unet", "deeplab"], default="unet", help="network")
+    add("--width", type=int, default=64, help="first channels of the U-Net")
+    add("--size", type=int, default=512, help="side of the crops")
+    add("--batch-size", type=int, default=8, help="images at once")
+    precisions = ["auto", "off", "bf16", "fp16"]
+    add("--amp", nargs="+", choices=precisions, default=["auto"], help="ours: autocast")
+    add = parser.add_argument_group("metric, bootstrap").add_argument
+    add("--classes", type=int, nargs="+", default=[5, 21], help="with the background")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    args = build_parser().parse_args(argv)
-    prepare_masks.image_folder(args.coco_root, args.split)
-    path = args.coco_root / "annotations" / f"instances_{args.split}.json"
-    if not path.is_file():
-        raise DataError(f"no annotation file {path}: check --coco-root and --split")
-    with tempfile.TemporaryDirectory() as work:
-        benchmark_masks(args, Path(work))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if min(args.repeats, *args.workers, *args.images, *args.classes) < 1:
+        parser.error("--repeats, --workers, --images and --classes start at 1")
+    if args.stage == "masks":
+        if args.coco_root is None:
+            parser.error("masks: give --coco-root")
+        prepare_masks.image_folder(args.coco_root, args.split)
+        path = args.coco_root / "annotations" / f"instances_{args.split}.json"
+        if not path.is_file():
+            raise DataError(f"no annotation file {path}: check --coco-root and --split")
+        with tempfile.TemporaryDirectory() as work:
+            benchmark_masks(args, Path(work))
+        return
+    if args.stage == "train":
+        load_manifest(args.data)
+    import benchmark_model  # here, for it needs torch
+
+    for title, unit, ways in benchmark_model.STAGES[args.stage](args):
+        print_rates(ways, args.repeats, title, unit)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ LOSSES["weighted-focal"] = ["--weighted", "--focal"]
 PER_CLASS = 4
 SETTINGS = {  # sized for two CPU cores
     "unet": "--size 80 --width 16 --batch-size 8 --lr 4e-3 --epochs 72",
-    "deeplab": "--size 96 --weights none --batch-size 4 --lr 1e-3 --epochs 32 --amp bf16",
+    "deeplab": "--size 96 --weights none --batch-size 4 --lr 1e-3 --epochs 16 --amp bf16",
 }
 
 
