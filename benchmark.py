@@ -27,6 +27,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import prepare_masks
+from annotations import image_folder
 from manifest import (
     DataError,
     class_colors,
@@ -39,7 +40,7 @@ from manifest import (
 MEGABYTE = 1 << (10 if sys.platform == "linux" else 20)  # of ru_maxrss
 
 
-# --- measuring ---------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------
 
 
 def measured(function: Callable, *arguments: object) -> dict:
@@ -77,7 +78,7 @@ def median(runs: list[dict]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in keys}
 
 
-# --- masks -------------------------------------------------------------------------------------
+# --- masks ---------------------------------------------------------------------------------------
 
 
 def repeat_images(root: Path, split: str, count: int, target: Path) -> None:
@@ -86,7 +87,7 @@ def repeat_images(root: Path, split: str, count: int, target: Path) -> None:
     Each image file is copied once; its repetitions are links to the copy, under names of their own.
     """
     content = json.loads((root / "annotations" / f"instances_{split}.json").read_bytes())
-    folder = prepare_masks.image_folder(root, split)
+    folder = image_folder(root, split)
     annotations = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
@@ -173,7 +174,7 @@ def benchmark_masks(args: argparse.Namespace, work: Path) -> None:
             print(line(name, f"{seconds:.1f}", *speed, ratio, f"{figure['parent']:.0f}", worker))
 
 
-# --- the other stages ---------------------------------------------------------------------------
+# --- the other stages ----------------------------------------------------------------------------
 
 
 def print_rates(ways: dict, repeats: int, title: str, unit: str) -> None:
@@ -190,7 +191,7 @@ def print_rates(ways: dict, repeats: int, title: str, unit: str) -> None:
         print(line(name, f"{rate:.1f}", f"{rate / baseline:.1f}"))
 
 
-# --- command line ------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "masks":
         if args.coco_root is None:
             parser.error("masks: give --coco-root")
-        prepare_masks.image_folder(args.coco_root, args.split)
+        image_folder(args.coco_root, args.split)
         path = args.coco_root / "annotations" / f"instances_{args.split}.json"
         if not path.is_file():
             raise DataError(f"no annotation file {path}: check --coco-root and --split")

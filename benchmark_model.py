@@ -30,7 +30,7 @@ from report import bootstrap, scores
 Stages = Iterator[tuple[str, str, dict[str, tuple]]]
 
 
-# --- training ----------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 class StraightforwardSet(Dataset):
@@ -108,7 +108,7 @@ def training(flags: argparse.Namespace) -> Stages:
     yield f"{flags.model}, {flags.size} pixels", "images/s", ways
 
 
-# --- metric and bootstrap ----------------------------------------------------------------------
+# --- metric and bootstrap ------------------------------------------------------------------------
 
 
 def logits_and_mask(classes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,7 +125,7 @@ PALETTE = {
 SUPERSAMPLING = 2
 
 
-# --- pictures ----------------------------------------------------------------------------------
+# --- pictures ------------------------------------------------------------------------------------
 
 
 def polygon(part: str, rng: np.random.Generator) -> np.ndarray:
@@ -253,7 +253,7 @@ def draw_scene(held: list[str], rng: np.random.Generator) -> tuple[Image.Image, 
     return image.convert("L") if gray else image, annotations
 
 
-# --- the dataset -------------------------------------------------------------------------------
+# --- the dataset ---------------------------------------------------------------------------------
 
 
 def write_coco(root: Path, seed: int) -> None:
@@ -289,7 +289,7 @@ def write_coco(root: Path, seed: int) -> None:
         path.write_text(json.dumps(content), encoding="utf-8")
 
 
-# --- command line ------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def clear(out: Path) -> None:

@@ -38,7 +38,7 @@ IMAGES = ["validation", "training", "all"]
 WHOLE_LOGITS = 2**26
 
 
-# --- the metric --------------------------------------------------------------------------------
+# --- the metric ----------------------------------------------------------------------------------
 
 
 class ConfusionMatrix:
@@ -64,7 +64,7 @@ class ConfusionMatrix:
         return self.bins[:, :-1].reshape(-1, self.classes, self.classes).cpu().numpy()
 
 
-# --- running a model ---------------------------------------------------------------------------
+# --- running a model -----------------------------------------------------------------------------
 
 
 def predict_batches(
@@ -138,7 +138,7 @@ def evaluate(
     return confusion.matrices()
 
 
-# --- pictures ----------------------------------------------------------------------------------
+# --- pictures ------------------------------------------------------------------------------------
 
 
 def pick_rows(
@@ -185,7 +185,7 @@ def save_panels(
         raise DataError(f"cannot write {path} ({error.strerror or error})") from None
 
 
-# --- command line ------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

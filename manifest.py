@@ -33,7 +33,7 @@ class DataError(ValueError):
     """The user's data or a path is wrong: one sentence that names it and the remedy."""
 
 
-# --- manifest ----------------------------------------------------------------------------------
+# --- manifest ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def color_mask(mask: np.ndarray, colors: list[tuple[int, int, int]]) -> Image.Im
     return image.convert("RGB")
 
 
-# --- command lines ---------------------------------------------------------------------------
+# --- command lines -------------------------------------------------------------------------------
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -35,7 +35,7 @@ class ModelError(ValueError):
     """A checkpoint, pretrained weights or a device cannot be used: one sentence that says why."""
 
 
-# --- U-Net -------------------------------------------------------------------------------------
+# --- U-Net ---------------------------------------------------------------------------------------
 
 
 def double_convolution(inputs: int, outputs: int) -> nn.Sequential:
@@ -80,7 +80,7 @@ class UNet(nn.Module):
         return {"out": self.classifier(x)[..., :height, :width]}
 
 
-# --- DeepLabV3 ---------------------------------------------------------------------------------
+# --- DeepLabV3 -----------------------------------------------------------------------------------
 
 
 class DeepLab(nn.Module):
@@ -184,7 +184,7 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 
-# --- devices -----------------------------------------------------------------------------------
+# --- devices -------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
@@ -209,7 +209,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-# --- checkpoints -------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset import read_image
+from images import read_image
 from manifest import IGNORE_COLOR, IGNORE_INDEX, Manifest, color_mask
 
 OPACITY = 110  # of 255; outlines are opaque

@@ -23,15 +23,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import (
-    evaluation_input,
-    like_batches,
-    padded_size,
-    read_image,
-    to_tensor,
-    upright_size,
-)
+from dataset import evaluation_input, like_batches, padded_size, to_tensor
 from evaluate import batch_logits, native_prediction
+from images import read_image, upright_size
 from manifest import (
     DataError,
     color_mask,
@@ -47,7 +41,7 @@ OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
 LONGEST_JPEG = 65_500  # pixels a side
 
 
-# --- files -------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def find_files(names: list[str]) -> list[Path]:
@@ -146,7 +140,7 @@ def write_image(path: Path, image: Image.Image) -> None:
     write_whole(path, encoded.getbuffer(), sync=False)
 
 
-# --- prediction --------------------------------------------------------------------------------
+# --- prediction ----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -190,7 +184,7 @@ def _read(path: Path) -> Image.Image | DataError:
         return error
 
 
-# --- command line ------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

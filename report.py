@@ -15,7 +15,7 @@ LARGEST = 20  # of more labels, so many confusions
 Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the first is the head
 
 
-# --- scores ------------------------------------------------------------------------------------
+# --- scores --------------------------------------------------------------------------------------
 
 
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -73,7 +73,7 @@ def p_value(differences: np.ndarray) -> float:
     return float(min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1)))
 
 
-# --- as JSON ----------------------------------------------------------------------------------
+# --- as JSON -------------------------------------------------------------------------------------
 
 
 def report(
@@ -132,7 +132,7 @@ def by_class(classes: list[str], values: np.ndarray) -> dict[str, float | None]:
     return {name: plain(value) for name, value in zip(classes, values)}
 
 
-# --- tables ------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def tables(entries: list[dict]) -> list[Table]:

@@ -8,74 +8,44 @@ foreground mIoU). Ctrl-C saves and says how to go on.
 """
 
 import argparse
-import json
 import math
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import (
-    EpochBatches,
-    evaluation_loader,
-    holds_any,
-    mixed_seed,
-    normalize,
-    oversample,
-    rare_classes,
-    read_pair,
-    split_rows,
-    training_loader,
-)
+from dataset import evaluation_loader, holds_any, mixed_seed, normalize, read_pair
 from evaluate import evaluate, pick_rows, predict_batches
-from losses import class_weights, pixel_weights, total_loss
-from manifest import (
-    DataError,
-    Manifest,
-    command_parser,
-    default_workers,
-    load_manifest,
-    run_command,
-    write_json,
-)
-from models import (
-    ModelError,
-    amp_dtype,
-    build_model,
-    load_checkpoint,
-    pick_device,
-    save_checkpoint,
-    start_from_prior,
-)
-from ranks import (
-    joined,
-    mean_over_ranks,
-    own_device,
-    parallel,
-    process_group,
-    rank,
-    restarted,
-    synchronized,
-    world,
-)
+from losses import pixel_weights, total_loss
+from manifest import DataError, command_parser, default_workers, run_command
+from models import ModelError, load_checkpoint, pick_device
+from ranks import joined, mean_over_ranks, own_device, process_group, rank, restarted, world
 from report import report
+from run import (
+    PREVIOUS,
+    Run,
+    append_metrics,
+    build_run,
+    catch_signals,
+    leave,
+    mean_loss,
+    named_weights,
+    open_directory,
+    restore,
+    save,
+    skipped_steps,
+    stop_here,
+)
 from track import WandbLog
 
 WARMUP = 0.03  # share of all steps
 POWER = 0.9
-WEIGHT_DECAY = 0.01
 LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
-PREVIOUS = "previous.pt"  # the last.pt before, should that be damaged
 # What a resumed run may change; all the rest decides what the run computes.
 FREE_ARGUMENTS = {
     "data",
@@ -92,56 +62,7 @@ FREE_ARGUMENTS = {
 }
 
 
-@dataclass
-class Progress:
-    """Where a run is. `batch` steps of `epoch` are done; `loss_sum` is theirs, on the device."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: float = -1.0
-    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-
-
-@dataclass
-class Run:
-    """All that the loop works with. `recent`: the losses since they were last read."""
-
-    args: argparse.Namespace
-    manifest: Manifest
-    val_rows: np.ndarray
-    device: torch.device
-    dtype: torch.dtype | None
-    model: torch.nn.Module
-    forward: Callable
-    weight: torch.Tensor | None
-    rare: list[str]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    loader: DataLoader
-    val_loader: DataLoader
-    progress: Progress
-    wandb: WandbLog | None = None
-    signal: int | None = None
-    recent: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def batches(self) -> EpochBatches:
-        """What the training images of an epoch are, and their order."""
-        return self.loader.batch_sampler
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return self.batches.steps
-
-    @property
-    def out(self) -> Path:
-        """The run directory."""
-        return Path(self.args.out)
-
-
-# --- the step ----------------------------------------------------------------------------------
+# --- the step ------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, total: int, base: float) -> float:
@@ -153,16 +74,6 @@ def learning_rate(step: int, total: int, base: float) -> float:
     if step < warmup:
         return base * (step + 1) / warmup
     return base * (1 - (step - warmup) / max(1, total - warmup)) ** POWER
-
-
-def build_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW, fused; biases and batch norm (the one-dimensional parameters) are not decayed."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def train_step(run: Run, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -235,147 +146,7 @@ def train_epoch(run: Run) -> tuple[float, float]:
     return mean_loss(run), images / max(time.perf_counter() - started, 1e-9)
 
 
-def mean_loss(run: Run) -> float:
-    """Mean loss of the epoch so far, read from the device. Raises DataError if not finite, with
-    the step and the images of the first loss that was not."""
-    progress = run.progress
-    loss = progress.loss_sum.item() / progress.batch
-    for ago, value in [] if math.isfinite(loss) else enumerate(run.recent, -len(run.recent)):
-        if not math.isfinite(value.item()):
-            files = ", ".join(run.manifest.files[run.batches.step_rows(progress.batch + ago)])
-            raise DataError(
-                f"the loss became {value.item()} in step {progress.step + ago + 1}, on {files}: "
-                f"lower --lr or try --amp off; {run.out} keeps the last good checkpoint"
-            )
-    run.recent.clear()
-    return loss
-
-
-def skipped_steps(run: Run) -> int:
-    """Steps that the fp16 scaler has left out since a gradient overflowed: the optimizer counts,
-    on the device, those that it made."""
-    made = next(iter(run.optimizer.state.values()))["step"].item()
-    return run.progress.step - int(made)
-
-
-# --- saving and resuming -----------------------------------------------------------------------
-
-
-def save(run: Run, name: str) -> None:
-    """Write a checkpoint of the run: tensors and plain types, all that --resume needs."""
-    if run.progress.batch:
-        mean_loss(run)  # never overwrite a good checkpoint with one whose loss is not finite
-    if rank() > 0:
-        return
-    progress = vars(run.progress) | {"loss_sum": float(run.progress.loss_sum)}
-    state = {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "progress": progress,
-        "args": vars(run.args),
-        "classes": run.manifest.classes,
-        "colors": [list(color) for color in run.manifest.colors],
-        "val_ids": run.manifest.keys(run.val_rows),
-        "fingerprint": run.manifest.fingerprint,
-        "images_a_step": run.batches.images,
-        "class_weights": None if run.weight is None else run.weight.tolist(),
-        "rare": run.rare,
-        "wandb_id": run.wandb.id if run.wandb else None,
-    }
-    previous = run.out / PREVIOUS if name == "last.pt" else None
-    save_checkpoint(run.out / name, state, previous)
-
-
-def restore(run: Run, state: dict) -> None:
-    """Put a run where the checkpoint left it; later lines of metrics.jsonl are dropped."""
-    if state["fingerprint"] != run.manifest.fingerprint:
-        raise DataError(
-            f"the masks in {run.args.data} are not those that the run began with: "
-            "prepare them as they were, or start a new run"
-        )
-    if state["images_a_step"] != run.batches.images:
-        raise DataError(
-            f"the run took {state['images_a_step']} images a step, not {run.batches.images}: keep "
-            "the product of --batch-size, --accumulate and the number of processes"
-        )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    progress = state["progress"]
-    loss_sum = torch.tensor(progress["loss_sum"], device=run.device)
-    run.progress = Progress(**{**progress, "loss_sum": loss_sum})
-    path = run.out / "metrics.jsonl"
-    if path.exists() and rank() == 0:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _epoch_of(line) <= run.progress.epoch]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _epoch_of(line: str) -> float:
-    with suppress(ValueError):  # a line cut off by a crash belongs to no finished epoch
-        return json.loads(line)["epoch"]
-    return math.inf
-
-
-def stop_here(run: Run) -> None:
-    """Save after a signal and exit as the shell expects, naming the command that goes on."""
-    save(run, "last.pt")
-    name = signal.Signals(run.signal).name
-    print(
-        f"\n{name}: saved. Go on with: python train.py --resume {run.out / 'last.pt'}", flush=True
-    )
-    leave(run, 128 + run.signal)
-
-
-def leave(run: Run, code: int) -> None:
-    """Close Weights & Biases and exit with `code`, or return where that is 0."""
-    if run.wandb:
-        run.wandb.finish()
-        if run.wandb.hung:  # then its exit hook would wait for ever
-            sys.stdout.flush()
-            os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> ModelError | None:
-    """A sentence that says what to lower, if memory is what the error is about."""
-    gpu = isinstance(error, torch.cuda.OutOfMemoryError)
-    if not gpu and "can't allocate memory" not in str(error):
-        return None
-    width = f" of width {args.width}" if args.model == "unet" else ""
-    return ModelError(
-        f"out of memory with {args.model}{width} at --size {args.size} --batch-size "
-        f"{args.batch_size}: halve --batch-size and double --accumulate, or lower --size"
-    )
-
-
-def catch_signals(run: Run) -> None:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.
-
-    Of several ranks the first saves and ends; the others work on with it until it has.
-    """
-    if rank() > 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return
-
-    def note(number: int, _) -> None:
-        run.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-
-
-# --- logging -----------------------------------------------------------------------------------
-
-
-def _weights(run: Run) -> dict[str, float] | None:
-    if run.weight is None:
-        return None
-    return dict(zip(run.manifest.classes, run.weight.tolist()))
+# --- logging -------------------------------------------------------------------------------------
 
 
 def wandb_config(run: Run) -> dict:
@@ -383,7 +154,7 @@ def wandb_config(run: Run) -> dict:
     rows = np.unique(run.batches.rows)
     rare_images = int(holds_any(run.manifest, rows, run.rare).sum())
     computed = {"rare_classes": run.rare, "rare_images": rare_images}
-    return {**vars(run.args), **computed, "class_weights": _weights(run)}
+    return {**vars(run.args), **computed, "class_weights": named_weights(run)}
 
 
 @torch.inference_mode()
@@ -433,8 +204,7 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
     if run.scaler.is_enabled():
         line["skipped_steps"] = skipped_steps(run)
     if rank() == 0:
-        with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_metrics(run, line)
     ious = "  ".join(
         f"{k} {'-' if v is None else f'{100 * v:.1f}'}" for k, v in entry["iou"].items()
     )
@@ -453,7 +223,7 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
     save(run, "last.pt")
 
 
-# --- command line ------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -557,100 +327,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(message)
 
 
-def build_run(args: argparse.Namespace, state: dict | None, device: torch.device) -> Run:
-    """Data, model and optimizer of a run; the initial weights are a function of the seed."""
-    dtype = amp_dtype(args.amp, device)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or off")
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    torch.backends.cudnn.benchmark = True
-    manifest = load_manifest(args.data)
-    train_rows, val_rows = split_rows(manifest, args.seed, args.val_split)
-    for name in args.rare or []:
-        if name not in manifest.classes[1:]:
-            raise DataError(f"--rare {name}: choose from {', '.join(manifest.classes[1:])}")
-    rare = args.rare or rare_classes(manifest, train_rows)
-    if args.oversample > 1 and not rare:
-        raise DataError(
-            f"--oversample {args.oversample}: no class is in fewer than 5% of the training images; "
-            "name those to repeat with --rare"
-        )
-    epoch_rows = oversample(manifest, train_rows, rare, args.oversample)
-    batches = EpochBatches(epoch_rows, args.batch_size, args.seed, args.accumulate, rank(), world())
-    if not batches.steps:
-        raise DataError(
-            f"a step takes {batches.images} images, but there are only {len(epoch_rows)} training "
-            "images: lower --batch-size"
-        )
-    pixels = manifest.pixels[train_rows].sum(axis=0)
-    weight = class_weights(pixels) if args.weighted else None
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, manifest.classes, args.width, "none" if state else args.weights)
-    if args.weights != "coco":
-        prior = torch.tensor(pixels) * (1 if weight is None else weight)
-        start_from_prior(model, prior / prior.sum())
-    model = synchronized(model.to(device), device)
-    forward = parallel(model, device)
-    run = Run(
-        args=args,
-        manifest=manifest,
-        val_rows=val_rows,
-        device=device,
-        dtype=dtype,
-        model=model,
-        forward=torch.compile(forward) if args.compile else forward,
-        weight=None if weight is None else weight.to(device),
-        rare=rare,
-        optimizer=build_optimizer(model, args.lr),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        loader=training_loader(manifest, batches, args.size, args.seed, args.workers),
-        val_loader=evaluation_loader(
-            manifest, val_rows[rank() :: world()], args.size, args.batch_size, args.workers
-        ),
-        progress=Progress(loss_sum=torch.zeros((), device=device)),
-    )
-    describe(run, train_rows)
-    return run
-
-
-def describe(run: Run, train_rows: np.ndarray) -> None:
-    """Print what is about to be trained, on what, and how the pixels are shared."""
-    args, manifest = run.args, run.manifest
-    pixels = manifest.pixels[train_rows].sum(axis=0)
-    shares = ", ".join(f"{n} {s:.2%}" for n, s in zip(manifest.classes, pixels / pixels.sum()))
-    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    precision = "float32" if run.dtype is None else str(run.dtype).removeprefix("torch.")
-    print(
-        f"{args.model}, {millions:.1f} M parameters, on {run.device} in {precision}, "
-        f"{run.batches.images} images a step -> {args.out}"
-    )
-    print(f"{len(train_rows)} training and {len(run.val_rows)} validation images; pixels: {shares}")
-    if args.oversample > 1:
-        epoch = len(run.batches.rows)
-        print(f"images with {', '.join(run.rare)} {args.oversample} times: {epoch} images an epoch")
-    if run.weight is not None:
-        weights = ", ".join(f"{name} {value:.2f}" for name, value in _weights(run).items())
-        print(f"class weights: {weights}")
-
-
-def open_directory(run: Run, resumed: bool) -> None:
-    """Make the run directory and write args.json. Raises DataError if another run lies there."""
-    if not resumed and any((run.out / name).exists() for name in ("last.pt", PREVIOUS)):
-        raise DataError(
-            f"{run.out} holds a run already: continue it with --resume {run.out / 'last.pt'}, "
-            "or choose another --out"
-        )
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            (run.out / "metrics.jsonl").unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {run.out} ({error.strerror}): choose another --out"
-        ) from None
-    write_json(run.out / "args.json", vars(run.args))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, validating after each epoch; under torchrun as one of its processes."""
     args, state = parse_args(argv)
@@ -673,6 +349,18 @@ def main(argv: list[str] | None = None) -> None:
         except RuntimeError as error:
             raise out_of_memory(args, error) or error from None
         leave(run, 0)
+
+
+def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> ModelError | None:
+    """A sentence that says what to lower, if memory is what the error is about."""
+    gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+    if not gpu and "can't allocate memory" not in str(error):
+        return None
+    width = f" of width {args.width}" if args.model == "unet" else ""
+    return ModelError(
+        f"out of memory with {args.model}{width} at --size {args.size} --batch-size "
+        f"{args.batch_size}: halve --batch-size and double --accumulate, or lower --size"
+    )
 
 
 def fit(run: Run) -> None:

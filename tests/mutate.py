@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare_masks
-from dataset import read_mask
+from images import read_mask
 from manifest import DataError, load_manifest
 
 EVIL = [

@@ -23,13 +23,12 @@ from dataset import (
     oversample,
     padded_size,
     rare_classes,
-    read_image,
-    read_mask,
     resized_size,
     split_rows,
     training_loader,
     training_transform,
 )
+from images import read_image, read_mask
 from manifest import IGNORE_COLOR, DataError, class_colors, color_mask, load_manifest
 
 
@@ -56,7 +55,7 @@ def skewed(count=400, seed=0):
     return Fake(**{k: v for k, v in vars(fake_manifest(pixels)).items() if k != "__len__"})
 
 
-# --- split and oversampling --------------------------------------------------------------------
+# --- split and oversampling ----------------------------------------------------------------------
 
 
 def test_split_is_disjoint_complete_stable_and_stratified():
@@ -112,7 +111,7 @@ def test_a_class_in_no_image_is_not_rare_but_absent():
     assert rare_classes(manifest, np.arange(100)) == ["bus"]
 
 
-# --- transforms --------------------------------------------------------------------------------
+# --- transforms ----------------------------------------------------------------------------------
 
 BLOCKS = np.kron(np.arange(48).reshape(6, 8), np.ones((20, 20))).astype(np.uint8)
 
@@ -188,7 +187,7 @@ def test_normalize():
     )
 
 
-# --- loaders -----------------------------------------------------------------------------------
+# --- loaders -------------------------------------------------------------------------------------
 
 
 def epoch_of(manifest, rows, workers, epoch=0, start=0, seed=0):
@@ -268,7 +267,7 @@ def test_batches_are_of_like_images_and_few_pixels():
     assert like_batches([], 64, 4) == []
 
 
-# --- reading -----------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16", "1"])

@@ -64,7 +64,7 @@ def test_deeplab_is_torchvisions():
     )
 
 
-# --- warm start --------------------------------------------------------------------------------
+# --- warm start ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +145,7 @@ def test_prior_is_what_an_untrained_network_predicts(name):
         torch.testing.assert_close(logits.softmax(1)[1, :, 3, 3], prior)
 
 
-# --- devices -----------------------------------------------------------------------------------
+# --- devices -------------------------------------------------------------------------------------
 
 
 def test_devices(monkeypatch):
@@ -163,7 +163,7 @@ def test_no_gpu_is_one_sentence():
         pick_device("cuda")
 
 
-# --- checkpoints -------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path):

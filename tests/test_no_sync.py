@@ -15,7 +15,8 @@ from dataset import normalize
 from evaluate import ConfusionMatrix, native_prediction, predict_batches
 from losses import total_loss
 from models import build_model
-from train import Progress, build_optimizer, train_step
+from run import Progress, build_optimizer
+from train import train_step
 
 CLASSES = ["background", "person", "car"]
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "item"}

@@ -13,8 +13,9 @@ from conftest import SCRIPTS, command
 from PIL import Image
 
 import predict
-from dataset import evaluation_loader, read_image, upright_size
+from dataset import evaluation_loader
 from evaluate import predict_batches
+from images import read_image, upright_size
 from manifest import DataError, class_colors, load_manifest
 from models import build_model, load_checkpoint, model_from_checkpoint, save_checkpoint
 from pictures import OPACITY
@@ -64,7 +65,7 @@ def run(checkpoint, out, *images, batch_size=4):
     return masks, code
 
 
-# --- the same labels as evaluation -------------------------------------------------------------
+# --- the same labels as evaluation ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -101,7 +102,7 @@ def test_any_batch_size_gives_the_same_masks(coco, lively, tmp_path):
         np.testing.assert_array_equal(mask, many[stem])
 
 
-# --- image files -------------------------------------------------------------------------------
+# --- image files ---------------------------------------------------------------------------------
 
 
 def upright():
@@ -264,7 +265,7 @@ def test_a_header_that_misleads(lively, tmp_path):
     assert masks["2"].shape == (80, 40)
 
 
-# --- what is skipped ---------------------------------------------------------------------------
+# --- what is skipped -----------------------------------------------------------------------------
 
 
 def noise(path, **options):
@@ -341,7 +342,7 @@ def test_names_stand_for_files(tmp_path):
     assert found(".hidden") == [".hidden"]
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
 def test_refusals(lively, coco, tmp_path, refused):
@@ -400,7 +401,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(lively, tmp_path):
         Image.open(path).load()
 
 
-# --- pictures and memory -----------------------------------------------------------------------
+# --- pictures and memory -------------------------------------------------------------------------
 
 
 def test_colors_and_overlay(tmp_path):

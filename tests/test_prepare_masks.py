@@ -30,7 +30,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 import prepare_masks
-from prepare_masks import Settings, Task, Unusable, encode, encode_layers, paint, png
+from annotations import Task, Unusable, category_labels, encode
+from prepare_masks import Settings, encode_layers, paint, png
 
 CLASSES = ["person", "car", "bus", "dog"]
 
@@ -48,7 +49,7 @@ def mask_of(out, name):
     return np.array(Image.open(out / "masks_raw" / name))
 
 
-# --- exact -------------------------------------------------------------------------------------
+# --- exact ---------------------------------------------------------------------------------------
 
 
 def oracle(annotations, height, width, labels, priority, crowd):
@@ -219,7 +220,7 @@ def test_layout_with_an_images_folder_and_nested_file_names(tmp_path):
     assert rows["a.png"]["pixels"][1] == 81
 
 
-# --- hard to break -----------------------------------------------------------------------------
+# --- hard to break -------------------------------------------------------------------------------
 
 HALF = {"size": [4, 4], "counts": [8, 8]}
 
@@ -422,11 +423,11 @@ def test_a_dying_worker_costs_at_most_the_image_it_held(tmp_path, monkeypatch, a
 def test_category_ids_are_found_by_name():
     assert CATEGORIES["dog"] == 18
     content = {"categories": [{"id": 5, "name": "x"}, {"id": 9, "name": "y"}]}
-    labels = prepare_masks.category_labels(content, ["background", "y"], None)
+    labels = category_labels(content, ["background", "y"], None)
     assert labels == {5: None, 9: 1}
 
 
-# --- faults injected into real processes -------------------------------------------------------
+# --- faults injected into real processes ---------------------------------------------------------
 
 
 def many_images(root, count):

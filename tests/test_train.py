@@ -23,6 +23,7 @@ import dataset
 import train
 from manifest import load_manifest
 from models import build_model, load_checkpoint
+from run import Progress, build_optimizer, skipped_steps
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal", "--gamma", "1.5"]
@@ -81,13 +82,13 @@ def test_learning_rate():
 
 def test_biases_and_norms_are_not_decayed():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    decayed, rest = train.build_optimizer(model, 1e-3).param_groups
+    decayed, rest = build_optimizer(model, 1e-3).param_groups
     assert [p.ndim for p in decayed["params"]] == [4]
     assert len(rest["params"]) == 3
     assert rest["weight_decay"] == 0 < decayed["weight_decay"]
 
 
-# --- resuming ----------------------------------------------------------------------------------
+# --- resuming ------------------------------------------------------------------------------------
 
 
 def equal(a, b):
@@ -274,7 +275,7 @@ def test_ctrl_c_saves_and_names_the_command(data, tmp_path):
     assert [entry["epoch"] for entry in lines_of(out)] == list(range(1, epoch + 1))
 
 
-# --- Weights & Biases --------------------------------------------------------------------------
+# --- Weights & Biases ----------------------------------------------------------------------------
 
 
 def test_offline_run_is_read_back(data, tmp_path, monkeypatch):
@@ -349,10 +350,10 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
 import track, train, wandb
-track.SECONDS = 3
 log = wandb.Run.log
 def log_and_stop_the_service(*args, **kwargs):
     log(*args, **kwargs)
+    track.SECONDS = 3  # from now on: its start may take longer
     for path in Path("/proc").glob("[0-9]*/stat"):
         name, _, rest = path.read_text().rpartition(")")
         if "(wandb-core" in name and int(rest.split()[1]) == os.getpid():
@@ -382,7 +383,7 @@ def test_a_wandb_that_hangs_cannot_hang_a_training(data, tmp_path):
     assert printed.count("no more Weights & Biases") == 1
 
 
-# --- what goes wrong on the way ----------------------------------------------------------------
+# --- what goes wrong on the way ------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch, refused):
@@ -411,7 +412,7 @@ def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
     args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=False)
     run = SimpleNamespace(
         args=args, steps=5, device=torch.device("cpu"), dtype=None, forward=model, weight=None,
-        optimizer=train.build_optimizer(model, 1e-2), progress=train.Progress(),
+        optimizer=build_optimizer(model, 1e-2), progress=Progress(),
         scaler=torch.amp.GradScaler("cpu"),
     )  # fmt: skip
     batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.uint8)
@@ -421,7 +422,7 @@ def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
         before = [p.detach().clone() for p in model.parameters()]
         train.train_step(run, [batch])
         run.progress.step += 1
-        skipped.append(train.skipped_steps(run))
+        skipped.append(skipped_steps(run))
         changed = not all(map(torch.equal, before, model.parameters()))
         assert changed == (factor == 1)
     assert skipped == [1, 1, 1, 2, 2]
@@ -439,7 +440,7 @@ def test_accumulated_batches_give_the_step_of_the_whole(data):
         args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=True)
         run = SimpleNamespace(
             args=args, steps=5, device=torch.device("cpu"), dtype=None, forward=model,
-            weight=torch.tensor([0.5, 1.0, 3.0]), progress=train.Progress(step=3),
+            weight=torch.tensor([0.5, 1.0, 3.0]), progress=Progress(step=3),
             optimizer=torch.optim.SGD(model.parameters(), lr=1e-2),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
         )  # fmt: skip
@@ -481,7 +482,7 @@ def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch, refused):
     assert "--accumulate" in sentence
 
 
-# --- refusals ----------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 def test_bad_combinations_are_refused_before_any_data_is_read(refused):
