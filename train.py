@@ -24,7 +24,7 @@ from losses import pixel_weights, total_loss
 from manifest import DataError, command_parser, default_workers, run_command
 from models import ModelError, load_checkpoint, pick_device
 from ranks import joined, mean_over_ranks, own_device, process_group, rank, restarted, world
-from report import report
+from report import percent, report
 from run import (
     PREVIOUS,
     Run,
@@ -205,22 +205,26 @@ def validate(run: Run, loss: float, images_per_second: float, started: float) ->
         line["skipped_steps"] = skipped_steps(run)
     if rank() == 0:
         append_metrics(run, line)
-    ious = "  ".join(
-        f"{k} {'-' if v is None else f'{100 * v:.1f}'}" for k, v in entry["iou"].items()
-    )
-    print(
-        f"epoch {progress.epoch}/{run.args.epochs}  loss {loss:.4f}  "
-        f"fg mIoU {100 * (value or 0):.1f}{' *' if better else '  '} {ious}  "
-        f"{images_per_second:.1f} images/s  {line['seconds']:.0f} s"
-        + (f"  {line['skipped_steps']} steps skipped" if line.get("skipped_steps") else ""),
-        flush=True,
-    )
+    print(summary(line, run.args.epochs, better), flush=True)
     if run.wandb:
         confusion = matrices.sum(axis=0) if better else None
         run.wandb.log(line, validation_pictures(run, matrices), confusion)
     if better:
         save(run, "best.pt")
     save(run, "last.pt")
+
+
+def summary(line: dict, epochs: int, better: bool) -> str:
+    """A line of metrics.jsonl for a person; a star marks the best epoch so far."""
+    ious = "  ".join(f"{name} {percent(iou)}" for name, iou in line["val_iou"].items())
+    skipped = line.get("skipped_steps", 0)
+    return (
+        f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  "
+        f"fg mIoU {percent(line['val_foreground_miou'])}{' *' if better else '  '} {ious}  "
+        f"{line['images_per_second']:.1f} images/s  {line['seconds']:.0f} s"
+        + f"  {skipped} steps skipped"
+        * (skipped > 0)
+    )
 
 
 # --- command line --------------------------------------------------------------------------------
