@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS
+from torch.distributed.run import get_args_parser
 
 README = (SCRIPTS / "README.md").read_text()
 COMMANDS = re.findall(r"python (\w+)\.py ([^\n`|&]*)", README)
@@ -20,6 +21,16 @@ def test_command_parses(script, arguments):
         module.parse_args(arguments)
     else:
         module.build_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("line", re.findall(r"torchrun (--[^\n`]*)", README))
+def test_torchrun_command_parses(line):
+    words = [word for word in shlex.split(line) if word != "$resume"]
+    args = get_args_parser().parse_args(words)
+    assert args.training_script == "train.py"
+    args, state = importlib.import_module("train").parse_args(args.training_script_args)
+    assert state is None
+    assert args.batch_size < 8  # on each of several devices
 
 
 def test_there_are_commands():
