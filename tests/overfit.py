@@ -31,6 +31,8 @@ from manifest import load_manifest
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal"]
 PER_CLASS = 4
+TARGET = 0.8  # foreground mIoU; below it a run is resumed for MORE epochs
+MORE, LONGEST = 8, 120
 SETTINGS = {  # sized for two CPU cores
     "unet": "--size 80 --width 16 --batch-size 8 --lr 4e-3 --epochs 72",
     "deeplab": "--size 96 --weights none --batch-size 4 --lr 1e-3 --epochs 16 --amp bf16",
@@ -91,8 +93,21 @@ def cut(root: Path, split: str, out: Path) -> None:
         (out / "coco" / "annotations" / f"instances_{name}.json").write_text(json.dumps(cut))
 
 
+def drive(out: Path, flags: list) -> None:
+    """Train, and resume until the best epoch reaches TARGET."""
+    if not (out / "last.pt").exists():
+        run(train, *flags, "--out", out)
+    while True:
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        if max((line["val_foreground_miou"] or 0 for line in lines), default=0) >= TARGET:
+            return
+        if len(lines) > LONGEST:
+            raise SystemExit(f"{out} does not reach a foreground mIoU of {TARGET}")
+        run(train, "--resume", out / "last.pt", "--epochs", len(lines) + MORE)
+
+
 def main() -> None:
-    """Cut, prepare, train every configuration that was not trained before, evaluate all of them."""
+    """Cut, prepare, drive every configuration to TARGET, evaluate all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--coco-root", type=Path, required=True)
     parser.add_argument("--split", default="train2017")
@@ -113,10 +128,9 @@ def main() -> None:
         for name in args.losses:
             out = args.out / "runs" / f"{model}-{name}"
             checkpoints.append(out / "best.pt")
-            if not (out / "last.pt").exists():
-                common = ["--data", data, "--val-split", "val2017", "--wandb", "disabled"]
-                settings = [*SETTINGS[model].split(), *LOSSES[name], *everything]
-                run(train, *common, "--model", model, *settings, "--out", out)
+            common = ["--data", data, "--val-split", "val2017", "--wandb", "disabled"]
+            settings = [*SETTINGS[model].split(), *LOSSES[name], *everything]
+            drive(out, [*common, "--model", model, *settings])
     report = ["--json", args.out / "report.json", "--panels", 8, "--pick", "worst"]
     run(evaluate, "--ckpt", *checkpoints, *report)
 
