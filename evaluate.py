@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,15 @@ from report import add_differences, as_markdown, as_text, percent, plain, report
 IMAGES = ["validation", "training", "all"]
 # Logits of native size are built at once up to this many numbers (256 MB), else class by class.
 WHOLE_LOGITS = 2**26
+
+
+class Subject(NamedTuple):
+    """A checkpoint to evaluate on `rows` of a manifest."""
+
+    path: str
+    state: dict
+    manifest: Manifest
+    rows: np.ndarray
 
 
 # --- the metric ----------------------------------------------------------------------------------
@@ -220,8 +230,8 @@ def chosen_rows(path: str, state: dict, manifest: Manifest, images: str, other: 
     """
     if state["classes"] != manifest.classes:
         raise DataError(
-            f"{path} was trained on {', '.join(state['classes'])}, but {manifest.data} holds "
-            f"{', '.join(manifest.classes)}: give its own data directory with --data"
+            f"{path} was trained on {_named(state['classes'])}, but {manifest.data} holds "
+            f"{_named(manifest.classes)}: give its own data directory with --data"
         )
     if state["fingerprint"] != manifest.fingerprint and not other:
         raise DataError(
@@ -236,46 +246,68 @@ def chosen_rows(path: str, state: dict, manifest: Manifest, images: str, other: 
     return np.flatnonzero(~held) if images == "training" else manifest.rows(state["val_ids"])
 
 
+def _named(classes: list[str]) -> str:
+    more = len(classes) - 8
+    return ", ".join(classes[:8]) + f" and {more} more" * (more > 0)
+
+
+def load_subjects(args: argparse.Namespace) -> list[Subject]:
+    """The checkpoints, and the rows of the manifest to evaluate each on, in ascending order.
+
+    Raises DataError if their classes or images are not the same, or if there are no images.
+    """
+    subjects = []
+    for path in args.ckpt:
+        state = load_checkpoint(path)
+        manifest = load_manifest(args.data or state["args"]["data"])
+        rows = np.sort(chosen_rows(path, state, manifest, args.images, args.other_data))
+        subjects.append(Subject(path, state, manifest, rows))
+    first = subjects[0]
+    keys = sorted(first.manifest.keys(first.rows))
+    for path, state, manifest, rows in subjects:
+        if state["classes"] != first.state["classes"] or sorted(manifest.keys(rows)) != keys:
+            raise DataError(
+                f"{path} has other validation images or classes than {first.path}: "
+                "they cannot stand in one table"
+            )
+    if not keys:
+        raise DataError(f"{first.manifest.data} holds no {args.images} images")
+    return subjects
+
+
+def evaluate_subject(
+    subject: Subject, args: argparse.Namespace, device: torch.device
+) -> tuple[dict, np.ndarray]:
+    """The report entry and the matrices of a checkpoint; draws its panels if asked for."""
+    path, state, manifest, rows = subject
+    model, size = model_from_checkpoint(state, device), state["args"]["size"]
+    loader = evaluation_loader(manifest, rows, size, args.batch_size, args.workers)
+    matrices = evaluate(model, loader, device, amp_dtype(args.amp, device), path)
+    if args.panels:
+        picture = Path(path).with_name(Path(path).stem + "_panels.png")
+        chosen = pick_rows(args.pick, args.panels, rows, matrices, manifest.classes)
+        save_panels(picture, model, manifest, chosen, size, device)
+        print(f"picture: {picture}")
+    return report(path, manifest.classes, matrices, args.bootstrap, args.images), matrices
+
+
 def main(argv: list[str] | None = None) -> None:
     """Evaluate each checkpoint, print the table, write the report and the pictures."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if min(args.panels, args.bootstrap, args.workers) < 0 or args.batch_size < 1:
         parser.error("--panels, --bootstrap and --workers start at 0, --batch-size at 1")
+    for file in filter(None, (args.json, args.markdown)):
+        if not file.parent.is_dir():  # better now than after the evaluation
+            raise DataError(f"no folder {file.parent} to write {file.name} to: make it first")
     device = pick_device(args.device)
-    states = [load_checkpoint(path) for path in args.ckpt]
-    manifests = [load_manifest(args.data or state["args"]["data"]) for state in states]
-    all_rows = [
-        np.sort(chosen_rows(path, state, manifest, args.images, args.other_data))
-        for path, state, manifest in zip(args.ckpt, states, manifests)
-    ]
-    classes, keys = states[0]["classes"], manifests[0].keys(all_rows[0])
-    for path, state, manifest, rows in zip(args.ckpt, states, manifests, all_rows):
-        if state["classes"] != classes or sorted(manifest.keys(rows)) != sorted(keys):
-            raise DataError(
-                f"{path} has other validation images or classes than {args.ckpt[0]}: "
-                "they cannot stand in one table"
-            )
-    if not keys:
-        raise DataError(f"{manifests[0].data} holds no {args.images} images")
+    subjects = load_subjects(args)
+    classes = subjects[0].manifest.classes
     if args.pick not in ("worst", "best", "random", *classes[1:]):
         raise DataError(
             f"--pick {args.pick}: choose worst, best, random or {', '.join(classes[1:])}"
         )
-
-    entries, all_matrices = [], []
-    for path, state, manifest, rows in zip(args.ckpt, states, manifests, all_rows):
-        model = model_from_checkpoint(state, device)
-        size = state["args"]["size"]
-        loader = evaluation_loader(manifest, rows, size, args.batch_size, args.workers)
-        matrices = evaluate(model, loader, device, amp_dtype(args.amp, device), path)
-        entries.append(report(path, classes, matrices, args.bootstrap, args.images))
-        all_matrices.append(matrices)
-        if args.panels:
-            picture = Path(path).with_name(Path(path).stem + "_panels.png")
-            chosen = pick_rows(args.pick, args.panels, rows, matrices, classes)
-            save_panels(picture, model, manifest, chosen, size, device)
-            print(f"picture: {picture}")
+    entries, all_matrices = zip(*(evaluate_subject(each, args, device) for each in subjects))
     if args.bootstrap:
         add_differences(entries, all_matrices, args.bootstrap)
     found = tables(entries)

@@ -6,6 +6,8 @@
 All of it from one (C, C) matrix of pixel counts an image, rows truth, columns prediction.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 MEANS = {"miou": "mean", "foreground_miou": "foreground mean"}
@@ -105,7 +107,9 @@ def report(
     return entry
 
 
-def add_differences(entries: list[dict], all_matrices: list[np.ndarray], resamples: int) -> None:
+def add_differences(
+    entries: Sequence[dict], all_matrices: Sequence[np.ndarray], resamples: int
+) -> None:
     """Give all entries but the first their paired difference to it: value, interval, p-value."""
     first = bootstrap(all_matrices[0], resamples)
     for entry, matrices in zip(entries[1:], all_matrices[1:]):
@@ -135,7 +139,7 @@ def by_class(classes: list[str], values: np.ndarray) -> dict[str, float | None]:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def tables(entries: list[dict]) -> list[Table]:
+def tables(entries: Sequence[dict]) -> list[Table]:
     """What the report says, for a person: of several a comparison first, then each in detail."""
     result = [comparison_table(entries)] if len(entries) > 1 else []
     if "difference" in entries[-1]:
@@ -145,7 +149,7 @@ def tables(entries: list[dict]) -> list[Table]:
     return result
 
 
-def comparison_table(entries: list[dict]) -> Table:
+def comparison_table(entries: Sequence[dict]) -> Table:
     """IoU of every class and the means, a row a checkpoint, below it the intervals."""
     first = entries[0]
     rows = [["", *first["classes"], "mean", "fg mean", "accuracy"]]
@@ -159,7 +163,7 @@ def comparison_table(entries: list[dict]) -> Table:
     return f"IoU in % on {described(first)}{note}", rows
 
 
-def difference_table(entries: list[dict]) -> Table:
+def difference_table(entries: Sequence[dict]) -> Table:
     """Paired differences of the means to the first checkpoint."""
     rows = [["", "of", "points", "95% interval", "p"]]
     for entry in entries[1:]:

@@ -170,6 +170,8 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert "--other-data" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path, "--other-data")
     assert "lacks 1 of the checkpoint's 9 validation images (first: val2017 109)" in sentence
+    sentence = refused("evaluate", "--ckpt", checkpoint, "--json", tmp_path / "none" / "x.json")
+    assert f"no folder {tmp_path / 'none'} to write x.json to" in sentence
     assert "--pick cow" in refused("evaluate", "--ckpt", checkpoint, "--pick", "cow")
 
 
