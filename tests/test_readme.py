@@ -23,7 +23,7 @@ def test_command_parses(script, arguments):
         module.build_parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("line", re.findall(r"torchrun (--[^\n`]*)", README))
+@pytest.mark.parametrize("line", re.findall(r"torchrun (--[^\n`]* train\.py [^\n`]*)", README))
 def test_torchrun_command_parses(line):
     words = [word for word in shlex.split(line) if word != "$resume"]
     args = get_args_parser().parse_args(words)
