@@ -20,6 +20,7 @@ from PIL import Image
 from wandb_file import records
 
 import dataset
+import manifest
 import train
 from manifest import load_manifest
 from models import build_model, load_checkpoint
@@ -470,6 +471,24 @@ def test_a_loader_process_that_dies_is_a_sentence(data, tmp_path, monkeypatch, r
     monkeypatch.setattr(dataset, "read_pair", deadly)
     flags = ["--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run", "--workers", 2]
     assert "a loader process died" in refused("train", *flags)
+
+
+def test_a_dead_loader_process_is_learnt_of_anywhere(monkeypatch, capsys):
+    """torch raises in a signal handler, perhaps while an error of the same death is handled."""
+
+    def ended(error):
+        def outcome(*_):
+            raise error
+
+        monkeypatch.setattr(manifest, "_outcome", outcome)
+        with pytest.raises(SystemExit) as stop:
+            manifest.run_command(train.main)
+        return stop.value.code
+
+    assert ended(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")) == 2
+    assert "a loader process died" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        ended(RuntimeError("a bug"))
 
 
 def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch, refused):
