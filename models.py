@@ -87,8 +87,11 @@ class DeepLab(nn.Module):
     """torchvision's DeepLabV3-ResNet50 (Chen et al. 2017), output stride 8, with auxiliary head.
 
     The parameters have torchvision's names. Unlike there, the auxiliary head runs in training only,
-    and the logits are made float32 before they are upsampled.
+    and the logits are made float32 before they are upsampled, by exactly the stride: stretched to a
+    size that is no multiple of it, they would lie up to 7 pixels beside where they belong.
     """
+
+    STRIDE = 8
 
     def __init__(self, classes: int):
         super().__init__()
@@ -105,11 +108,12 @@ class DeepLab(nn.Module):
         logits = {"out": self.classifier(features["out"])}
         if self.training:
             logits["aux"] = self.aux_classifier(features["aux"])
-        size = images.shape[-2:]
-        return {
-            name: F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
-            for name, x in logits.items()
-        }
+        return {name: self._upsampled(x, *images.shape[-2:]) for name, x in logits.items()}
+
+    def _upsampled(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        stride = float(self.STRIDE)
+        logits = F.interpolate(logits.float(), scale_factor=stride, mode="bilinear")
+        return logits[..., :height, :width]
 
 
 def warm_start(model: DeepLab, classes: list[str], weights: str) -> None:

@@ -53,7 +53,7 @@ def test_deeplab_is_torchvisions():
     assert sum(p.numel() for p in model.parameters()) == 42_004_074
     referee = deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True).eval()
     referee.load_state_dict(model.state_dict())
-    images = torch.randn(1, 3, 65, 50)
+    images = torch.randn(1, 3, 72, 48)
     with torch.inference_mode():
         expected = referee(images)["out"]
         torch.testing.assert_close(model(images)["out"], expected, rtol=1e-3, atol=1e-4)
@@ -62,6 +62,27 @@ def test_deeplab_is_torchvisions():
     assert {k: tuple(v.shape) for k, v in outputs.items()} == dict.fromkeys(
         ["out", "aux"], (2, 21, 65, 50)
     )
+
+
+@pytest.mark.parametrize("size", [(64, 48), (65, 50), (57, 40)])
+def test_deeplab_upsamples_by_its_stride_at_any_size(size):
+    """Cells that hold the coordinates of their centres give each pixel its own coordinates."""
+
+    class Centres(torch.nn.Module):
+        def forward(self, features):
+            y, x = (8 * torch.arange(n) + 3.5 for n in features.shape[-2:])
+            return torch.stack(torch.meshgrid(y, x, indexing="ij"))[None]
+
+    model = DeepLab(2).eval()
+    model.classifier = Centres()
+    with torch.inference_mode():
+        found = model(torch.zeros(1, 3, *size))["out"][0, :, 4:, 4:]
+    height, width = size
+    y, x = torch.arange(4.0, height), torch.arange(4.0, width)
+    expected = torch.stack(torch.meshgrid(y, x, indexing="ij"))
+    last = [8 * -(-n // 8) - 4.5 for n in size]  # beyond the centre of the last cell it is constant
+    expected = torch.minimum(expected, torch.tensor(last)[:, None, None])
+    torch.testing.assert_close(found, expected)
 
 
 # --- warm start ----------------------------------------------------------------------------------
