@@ -6,7 +6,7 @@ Cuts a small COCO root out of a real one: of each class the four images with its
 since a small network at a small size cannot draw small ones. The validation split holds the same
 images under other names, so that the IoU is that of the images trained on. Instead of random crops
 the network is trained on what evaluation shows it, padding included: this asks whether the loop can
-fit, not whether it generalises. Not part of the test suite: on a CPU it takes an hour.
+fit, not whether it generalises. Not part of the test suite: on a CPU it takes two hours.
 """
 
 import argparse
