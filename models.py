@@ -258,7 +258,7 @@ def load_checkpoint(path: str | Path, previous: Path | None = None) -> dict:
         return _load_checkpoint(path)
     except ModelError as error:
         if previous is None or not previous.exists():
-            raise
+            raise ModelError(f"{error}: give best.pt or last.pt of a run of train.py") from None
         print(f"warning: {error}; going on from {previous}")
         return _load_checkpoint(previous)
 
@@ -275,7 +275,7 @@ def _load_checkpoint(path: str | Path) -> dict:
     if damaged:
         raise ModelError(f"cannot read the checkpoint {path} (damaged: {damaged})")
     if not isinstance(state, dict) or "version" not in state or "model" not in state:
-        raise ModelError(f"{path} is not a checkpoint of train.py")
+        raise ModelError(f"{path} is not a checkpoint")
     if state["version"] != CHECKPOINT_VERSION:
         raise ModelError(
             f"{path} has format version {state['version']}, these scripts read {CHECKPOINT_VERSION}"

@@ -27,7 +27,8 @@ import dataset
 import evaluate
 import prepare_masks
 import train
-from manifest import load_manifest
+from manifest import DataError, load_manifest, run_command
+from models import ModelError
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal"]
@@ -47,7 +48,7 @@ def evaluation_pair(size: int):
     """Transform of an image to what evaluation makes of it, and of its mask likewise.
 
     Padding matters to a network that has seen few images: DeepLab, whose pooling and dilations
-    reach across the whole image, loses ten points of IoU where its images are padded otherwise.
+    reach across the whole image, lost up to ten points of IoU where images were padded otherwise.
     """
 
     def transform(image: tv_tensors.Image, mask: tv_tensors.Mask):
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, DataError, ModelError)
