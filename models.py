@@ -111,8 +111,7 @@ class DeepLab(nn.Module):
         return {name: self._upsampled(x, *images.shape[-2:]) for name, x in logits.items()}
 
     def _upsampled(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        stride = float(self.STRIDE)
-        logits = F.interpolate(logits.float(), scale_factor=stride, mode="bilinear")
+        logits = F.interpolate(logits.float(), scale_factor=self.STRIDE, mode="bilinear")
         return logits[..., :height, :width]
 
 

@@ -86,14 +86,16 @@ def cut(root: Path, split: str, out: Path) -> None:
         area = alike * manifest.pixels[:, label] / np.maximum(instances[:, label], 1)
         order = np.argsort(-area, kind="stable")[: np.count_nonzero(area)].tolist()
         chosen += [row for row in order if row not in chosen][:PER_CLASS]
+    if len(chosen) < PER_CLASS * (len(manifest.classes) - 1):
+        raise DataError(f"{split} holds fewer than {PER_CLASS} images of a class: give another one")
     content = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
     ids = set(manifest.ids[chosen].tolist())
     images = [image for image in content["images"] if image["id"] in ids]
     annotations = [a for a in content["annotations"] if a["image_id"] in ids]
     files = dict(zip(manifest.ids.tolist(), manifest.files.tolist()))
-    (out / "coco" / "annotations").mkdir(parents=True)
+    (out / "coco" / "annotations").mkdir(parents=True, exist_ok=True)
     for name, prefix in (("train2017", ""), ("val2017", "copy_")):
-        (out / "coco" / name).mkdir()
+        (out / "coco" / name).mkdir(exist_ok=True)
         for image in images:
             target = out / "coco" / name / (prefix + image["file_name"])
             shutil.copy(root / files[image["id"]], target)
@@ -125,7 +127,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     args = parser.parse_args()
     dataset.training_transform = evaluation_pair
-    if not (args.out / "coco").exists():
+    if not (args.out / "coco" / "annotations" / "instances_val2017.json").exists():
         cut(args.coco_root, args.split, args.out)
     data = args.out / "data"
     splits = ["--split", "train2017", "val2017"]

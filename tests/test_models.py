@@ -57,7 +57,12 @@ def test_deeplab_is_torchvisions():
     with torch.inference_mode():
         expected = referee(images)["out"]
         torch.testing.assert_close(model(images)["out"], expected, rtol=1e-3, atol=1e-4)
-    assert list(model(images)) == ["out"]
+        assert list(model(images)) == ["out"]
+        images = images[..., :65, :47]  # the same network at any size; see below for the upsampling
+        grid = referee.classifier(referee.backbone(images)["out"])
+        expected = torch.nn.functional.interpolate(grid, size=(72, 48), mode="bilinear")
+        found = model(images)["out"]
+        torch.testing.assert_close(found, expected[..., :65, :47], rtol=1e-3, atol=1e-4)
     outputs = model.train()(torch.randn(2, 3, 65, 50))
     assert {k: tuple(v.shape) for k, v in outputs.items()} == dict.fromkeys(
         ["out", "aux"], (2, 21, 65, 50)
