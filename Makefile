@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/runtime
-	$(BIN)/python demo.py --out demo
+	$(BIN)/python tools/demo.py --out demo
 
 test: .venv/tests lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -22,8 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from common import IGNORE_INDEX, DataError, Manifest
 from images import read_image, read_mask
-from manifest import IGNORE_INDEX, DataError, Manifest
 
 # ImageNet statistics of RGB in [0, 1]: what every pretrained backbone of torchvision expects.
 MEAN = (0.485, 0.456, 0.406)

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import evaluation_loader, normalize, resized_size
-from manifest import (
-    IGNORE_INDEX,
+from common import (
     DataError,
     Manifest,
     command_parser,
@@ -30,9 +28,20 @@ from manifest import (
     write_json,
     write_text,
 )
+from dataset import evaluation_loader, normalize, resized_size
+from metrics import (
+    ConfusionMatrix,
+    add_differences,
+    as_markdown,
+    as_text,
+    percent,
+    plain,
+    report,
+    scores,
+    tables,
+)
 from models import ModelError, amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
-from pictures import Example, draw_panels
-from report import add_differences, as_markdown, as_text, percent, plain, report, scores, tables
+from report import Example, draw_panels
 
 IMAGES = ["validation", "training", "all"]
 # Logits of native size are built at once up to this many numbers (256 MB), else class by class.
@@ -46,32 +55,6 @@ class Subject(NamedTuple):
     state: dict
     manifest: Manifest
     rows: np.ndarray
-
-
-# --- the metric ----------------------------------------------------------------------------------
-
-
-class ConfusionMatrix:
-    """Pixel counts by (truth, prediction), one int64 matrix an image, kept on the device.
-
-    `update` reads nothing back: ignored pixels go to a bin of their own, which is dropped, instead
-    of being selected away, and scatter_add_ needs no look at the largest index as bincount does.
-    """
-
-    def __init__(self, images: int, classes: int, device: torch.device):
-        self.classes = classes
-        self.bins = torch.zeros(images, classes * classes + 1, dtype=torch.int64, device=device)
-        self.one = torch.ones(1, dtype=torch.int64, device=device)
-
-    def update(self, image: int, prediction: torch.Tensor, mask: torch.Tensor) -> None:
-        """Count the pixels of one image. Both are (H, W) integer; the mask may hold 255."""
-        bins = mask.int() * self.classes + prediction  # int64 would take five times as long
-        bins = torch.where(mask == IGNORE_INDEX, self.classes**2, bins).flatten().long()
-        self.bins[image].scatter_add_(0, bins, self.one.expand(len(bins)))
-
-    def matrices(self) -> np.ndarray:
-        """(images, classes, classes) int64, rows truth, columns prediction. Reads the device."""
-        return self.bins[:, :-1].reshape(-1, self.classes, self.classes).cpu().numpy()
 
 
 # --- running a model -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from manifest import IGNORE_INDEX, DataError
+from common import IGNORE_INDEX, DataError
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from manifest import IGNORE_INDEX
+from common import IGNORE_INDEX
 
 AUXILIARY_WEIGHT = 0.5  # of the auxiliary head's loss, as torchvision trains DeepLabV3
 

@@ -23,10 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import evaluation_input, like_batches, padded_size, to_tensor
-from evaluate import batch_logits, native_prediction
-from images import read_image, upright_size
-from manifest import (
+from common import (
     DataError,
     color_mask,
     command_parser,
@@ -34,8 +31,11 @@ from manifest import (
     run_command,
     write_whole,
 )
+from dataset import evaluation_input, like_batches, padded_size, to_tensor
+from evaluate import batch_logits, native_prediction
+from images import read_image, upright_size
 from models import ModelError, amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
-from pictures import overlay
+from report import overlay
 
 OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
 LONGEST_JPEG = 65_500  # pixels a side

@@ -31,8 +31,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from annotations import Skipped, Task, Unusable, encode, index_split
-from manifest import (
+from coco import Skipped, Task, Unusable, encode, index_split
+from common import (
     BACKGROUND,
     IGNORE_COLOR,
     IGNORE_INDEX,

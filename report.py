@@ -1,239 +1,128 @@
-"""Scores of confusion matrices with bootstrap intervals: as JSON, as text, as Markdown.
+"""Pictures of masks: overlays with outlines, and panels of what a model gets wrong.
 
-    entry = report("runs/unet/best.pt", classes, matrices, resamples=2000)
-    print("\n\n".join(map(as_text, tables([entry]))))
-
-All of it from one (C, C) matrix of pixel counts an image, rows truth, columns prediction.
+overlay(image, mask, colors).save("overlay.png")
+draw_panels(manifest, examples).save("panels.png")
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-MEANS = {"miou": "mean", "foreground_miou": "foreground mean"}
-MATRIX_LABELS = 12  # up to so many, a confusion matrix is printed whole
-LARGEST = 20  # of more labels, so many confusions
+from common import IGNORE_COLOR, IGNORE_INDEX, Manifest, color_mask
+from images import read_image
 
-Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the first is the head
+OPACITY = 110  # of 255; outlines are opaque
+ERROR_COLOR = (220, 30, 30)
+PANEL, GAP = 320, 4  # a panel's width and largest height, and the space around it, in pixels
+TITLES = ("image", "ground truth", "prediction", "errors")
 
 
-# --- scores --------------------------------------------------------------------------------------
+class Example(NamedTuple):
+    """An image to draw. `prediction` and `mask` are (H, W) uint8, `caption` a line of words."""
+
+    row: int
+    prediction: np.ndarray
+    mask: np.ndarray
+    caption: str
 
 
-def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of (..., C, C) confusion matrices, as fractions, NaN where there is nothing to divide.
+def outline(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels, background excepted, that touch a pixel of another label."""
+    edge = np.zeros(mask.shape, dtype=bool)
+    for one, other in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+        differ = mask[one] != mask[other]
+        edge[one] |= differ
+        edge[other] |= differ
+    return edge & (mask != 0)
 
-    iou, precision and recall are (..., C); miou, foreground_miou (without label 0) and
-    pixel_accuracy are (...). Means leave NaN out.
+
+def overlay(image: Image.Image, mask: np.ndarray, colors: list) -> Image.Image:
+    """An RGB picture with the classes of its (H, W) uint8 mask laid over it, thinly outlined.
+
+    The background stays as it is; ignored pixels are white.
     """
-    confusion = np.asarray(confusion, dtype=np.float64)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    truth, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
-    iou = _divide(hits, truth + predicted - hits)
-    return {
-        "iou": iou,
-        "precision": _divide(hits, predicted),
-        "recall": _divide(hits, truth),
-        "miou": _mean(iou),
-        "foreground_miou": _mean(iou[..., 1:]),
-        "pixel_accuracy": _divide(hits.sum(axis=-1), truth.sum(axis=-1)),
-    }
+    opacity = (mask != 0) * np.uint8(OPACITY)
+    opacity[outline(mask)] = 255
+    return Image.composite(color_mask(mask, colors), image, Image.fromarray(opacity))
 
 
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
+def errors(image: Image.Image, prediction: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The picture pale and grey, wrong pixels red, ignored ones white."""
+    pale = image.convert("L").point([128 + value // 3 for value in range(256)]).convert("RGB")
+    for color, where in ((ERROR_COLOR, prediction != mask), (IGNORE_COLOR, mask == IGNORE_INDEX)):
+        pale.paste(color, mask=Image.fromarray(where.astype(np.uint8) * 230))
+    return pale
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    present = ~np.isnan(values)
-    return _divide(np.where(present, values, 0).sum(axis=-1), present.sum(axis=-1))
+def draw_panels(manifest: Manifest, examples: list[Example]) -> Image.Image:
+    """A legend, then for each example a row: image, ground truth, prediction, errors; caption."""
+    strips = [_legend(manifest), *(_strip(manifest, example) for example in examples)]
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    return sheet
 
 
-def bootstrap(matrices: np.ndarray, resamples: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """`scores` of `resamples` resamples of the images (Efron 1979): arrays with a leading axis.
-
-    matrices: (N, C, C). A resample is a count an image, so all of them are one matrix product. The
-    same seed and N draw the same images, so the results of two checkpoints are paired.
-    """
-    count = len(matrices)
-    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    draws += count * np.arange(resamples)[:, None]
-    times = np.bincount(draws.ravel(), minlength=resamples * count).reshape(resamples, count)
-    pooled = times.astype(np.float64) @ matrices.reshape(count, -1).astype(np.float64)
-    return scores(pooled.reshape(resamples, *matrices.shape[1:]))
-
-
-def interval(samples: np.ndarray) -> list[float | None]:
-    """The central 95% of samples, [low, high], NaN left out; [None, None] if nothing is left."""
-    samples = samples[~np.isnan(samples)]
-    return np.percentile(samples, [2.5, 97.5]).tolist() if len(samples) else [None, None]
-
-
-def p_value(differences: np.ndarray) -> float:
-    """Two-sided p-value of resampled differences against 0, never exactly 0."""
-    below, above = (differences <= 0).sum(), (differences >= 0).sum()
-    return float(min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1)))
-
-
-# --- as JSON -------------------------------------------------------------------------------------
-
-
-def report(
-    name: str,
-    classes: list[str],
-    matrices: np.ndarray,
-    resamples: int,
-    evaluated_on: str = "validation",
-) -> dict:
-    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist."""
-    confusion = matrices.sum(axis=0)
-    values = scores(confusion)
-    entry = {
-        "ckpt": name,
-        "classes": classes,
-        "confusion": confusion.tolist(),
-        **{key: by_class(classes, values[key]) for key in ("iou", "precision", "recall")},
-        **{key: plain(values[key]) for key in (*MEANS, "pixel_accuracy")},
-        "images": len(matrices),
-        "evaluated_on": evaluated_on,
-        "images_with_class": dict(zip(classes, (matrices.sum(axis=2) > 0).sum(axis=0).tolist())),
-    }
-    if resamples:
-        samples = bootstrap(matrices, resamples)
-        entry["interval"] = {
-            "iou": {name: interval(s) for name, s in zip(classes, samples["iou"].T)},
-            **{key: interval(samples[key]) for key in MEANS},
-        }
-    return entry
+def _strip(manifest: Manifest, example: Example) -> Image.Image:
+    """Drawn at the panel's size, so that an outline is as thin on a large image as on a small."""
+    height, width = (int(n) for n in manifest.sizes[example.row])
+    scale = PANEL / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = read_image(manifest.root / manifest.files[example.row], (height, width)).resize(size)
+    prediction, mask = (
+        np.array(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+        for labels in (example.prediction, example.mask)
+    )
+    pictures = [
+        image,
+        overlay(image, mask, manifest.colors),
+        overlay(image, prediction, manifest.colors),
+        errors(image, prediction, mask),
+    ]
+    font = ImageFont.load_default(13)
+    total = len(TITLES) * (PANEL + GAP)
+    lines = _wrapped(example.caption.split(" "), total - 2 * GAP, font)
+    strip = Image.new("RGB", (total, size[1] + 18 * len(lines) + 12), "white")
+    for column, picture in enumerate(pictures):
+        left = column * (PANEL + GAP) + GAP // 2 + (PANEL - size[0]) // 2  # portraits: centred
+        strip.paste(picture, (left, 2))
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((GAP, size[1] + 5 + 18 * number), line, "black", font)
+    return strip
 
 
-def add_differences(
-    entries: Sequence[dict], all_matrices: Sequence[np.ndarray], resamples: int
-) -> None:
-    """Give all entries but the first their paired difference to it: value, interval, p-value."""
-    first = bootstrap(all_matrices[0], resamples)
-    for entry, matrices in zip(entries[1:], all_matrices[1:]):
-        samples = bootstrap(matrices, resamples)
-        entry["difference"] = {}
-        for key in MEANS:
-            if entry[key] is None or entries[0][key] is None:
-                continue
-            differences = samples[key] - first[key]
-            entry["difference"][key] = {
-                "value": entry[key] - entries[0][key],
-                "interval": interval(differences),
-                "p": p_value(differences),
-            }
+def _wrapped(words: list[str], width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Lines of words, each no wider than `width` unless a single word is."""
+    lines = [words[0]]
+    for word in words[1:]:
+        longer = f"{lines[-1]} {word}"
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
-def plain(value: np.ndarray) -> float | None:
-    """A Python float, None for NaN."""
-    return None if np.isnan(value) else float(value)
-
-
-def by_class(classes: list[str], values: np.ndarray) -> dict[str, float | None]:
-    """{class name: value or None}."""
-    return {name: plain(value) for name, value in zip(classes, values)}
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-def tables(entries: Sequence[dict]) -> list[Table]:
-    """What the report says, for a person: of several a comparison first, then each in detail."""
-    result = [comparison_table(entries)] if len(entries) > 1 else []
-    if "difference" in entries[-1]:
-        result.append(difference_table(entries))
-    for entry in entries:
-        result += [class_table(entry), confusion_table(entry)]
-    return result
-
-
-def comparison_table(entries: Sequence[dict]) -> Table:
-    """IoU of every class and the means, a row a checkpoint, below it the intervals."""
-    first = entries[0]
-    rows = [["", *first["classes"], "mean", "fg mean", "accuracy"]]
-    for entry in entries:
-        cells = [*entry["iou"].values(), *(entry[key] for key in (*MEANS, "pixel_accuracy"))]
-        rows.append([entry["ckpt"], *map(percent, cells)])
-        if "interval" in entry:
-            pairs = [*entry["interval"]["iou"].values(), *(entry["interval"][k] for k in MEANS)]
-            rows.append(["", *(span(pair) for pair in pairs), ""])
-    note = "; below each its 95% bootstrap interval over images" * ("interval" in first)
-    return f"IoU in % on {described(first)}{note}", rows
-
-
-def difference_table(entries: Sequence[dict]) -> Table:
-    """Paired differences of the means to the first checkpoint."""
-    rows = [["", "of", "points", "95% interval", "p"]]
-    for entry in entries[1:]:
-        for key, found in entry["difference"].items():
-            low, high = (f"{100 * bound:+.1f}" for bound in found["interval"])
-            points = f"{100 * found['value']:+.1f}"
-            rows.append(
-                [entry["ckpt"], MEANS[key], points, f"{low} to {high}", f"{found['p']:.3f}"]
-            )
-    return f"Difference to {entries[0]['ckpt']} on the same images", rows
-
-
-def class_table(entry: dict) -> Table:
-    """IoU, precision, recall and images of each class of a checkpoint."""
-    intervals = entry.get("interval", {"iou": {}})
-    rows = [["", "IoU", "95% interval", "precision", "recall", "images with it"]]
-    for name in entry["classes"]:
-        cells = [percent(entry["iou"][name]), span(intervals["iou"].get(name))]
-        cells += [percent(entry[key][name]) for key in ("precision", "recall")]
-        rows.append([name, *cells, str(entry["images_with_class"][name])])
-    for key, name in MEANS.items():
-        rows.append([name, percent(entry[key]), span(intervals.get(key)), "", "", ""])
-    rows.append(["pixel accuracy", percent(entry["pixel_accuracy"]), "", "", "", ""])
-    return f"{entry['ckpt']} on {described(entry)}, in %", rows
-
-
-def confusion_table(entry: dict) -> Table:
-    """Where the pixels of each true class went; of many classes the largest confusions only."""
-    classes, confusion = entry["classes"], np.array(entry["confusion"])
-    share = _divide(confusion, confusion.sum(axis=1, keepdims=True))
-    title = f"{entry['ckpt']}: what the pixels of a class are taken for, in %"
-    if len(classes) <= MATRIX_LABELS:
-        rows = [["", *classes]]
-        return title, rows + [[n, *(percent(plain(v)) for v in r)] for n, r in zip(classes, share)]
-    share = np.where(np.eye(len(classes), dtype=bool), 0, np.nan_to_num(share))
-    rows = [["", "taken for", "share"]]
-    for place in np.argsort(-share, axis=None, kind="stable")[:LARGEST]:
-        truth, label = divmod(int(place), len(classes))
-        rows.append([classes[truth], classes[label], percent(share[truth, label])])
-    return title, rows
-
-
-def described(entry: dict) -> str:
-    """The images that an entry is about."""
-    return f"{entry['images']} {entry['evaluated_on']} images"
-
-
-def as_text(table: Table) -> str:
-    """The table in columns; the first to the left, the others to the right."""
-    title, rows = table
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [title]
-    for row in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]).rstrip())
-    return "\n".join(lines)
-
-
-def as_markdown(table: Table) -> str:
-    """The table in Markdown."""
-    title, (head, *rows) = table
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(r)} |" for r in (head, rule, *rows))])
-
-
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with one digit, "-" for none."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def span(bounds: list[float | None] | None) -> str:
-    """An interval in percent, empty without one."""
-    return "" if bounds is None else " to ".join(map(percent, bounds))
+def _legend(manifest: Manifest) -> Image.Image:
+    font = ImageFont.load_default(15)
+    entries = [*zip(manifest.classes[1:], manifest.colors[1:])]
+    entries += [("ignored", IGNORE_COLOR), ("wrong", ERROR_COLOR)]
+    total, x, y, places = len(TITLES) * (PANEL + GAP), 6, 6, []
+    for name, color in entries:
+        width = 34 + round(font.getlength(name))
+        if x > 6 and x + width > total:
+            x, y = 6, y + 26
+        places.append((x, y, name, color))
+        x += width
+    legend = Image.new("RGB", (total, y + 44), "white")
+    draw = ImageDraw.Draw(legend)
+    for x, y, name, color in places:
+        draw.rectangle((x, y, x + 16, y + 16), fill=tuple(color), outline="black")
+        draw.text((x + 21, y), name, "black", font)
+    for column, title in enumerate(TITLES):
+        x = column * (PANEL + GAP) + (PANEL - font.getlength(title)) / 2
+        draw.text((x, legend.height - 20), title, "black", font)
+    return legend

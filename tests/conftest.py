@@ -12,7 +12,7 @@ from PIL import Image
 
 SCRIPTS = Path(__file__).parents[1]
 REAL = SCRIPTS.parent / "shared" / "coco_real"
-sys.path.insert(0, str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "tools")]
 os.environ["WANDB_SILENT"] = "true"
 
 CATEGORIES = {"person": 1, "car": 3, "bus": 6, "dog": 18, "chair": 62}
@@ -125,7 +125,7 @@ def refused(capsys):
     """Run a script's main in this process; it must refuse with one sentence and exit code 2."""
     import importlib
 
-    from manifest import DataError, run_command
+    from common import DataError, run_command
     from models import ModelError
 
     def run(script, *arguments):

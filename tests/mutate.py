@@ -19,8 +19,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare_masks
+from common import DataError, load_manifest
 from images import read_mask
-from manifest import DataError, load_manifest
 
 EVIL = [
     None, True, False, 0, 1, -1, 2, 3.5, 1e7, 1e8, -1e8, 1e308, float("nan"), float("inf"),

@@ -1,11 +1,10 @@
 """Every stage of the benchmark runs, and both ways of it do the same work."""
 
+import benchmark
 import numpy as np
 import pytest
 from conftest import annotation, command, polygon, write_coco
 from PIL import Image
-
-import benchmark
 
 
 def test_both_ways_make_the_same_masks(tmp_path):
@@ -36,7 +35,7 @@ def test_every_stage_prints_rates(coco, data, stage):
         "metric": ["--classes", 3],
         "bootstrap": ["--classes", 3],
     }
-    result = command("benchmark.py", stage, "--repeats", 1, *flags[stage])
+    result = command("tools/benchmark.py", stage, "--repeats", 1, *flags[stage])
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     ours = [line for line in lines if line[0] in ("prepare_masks", "train.py", "evaluate.py")]

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 import dataset
+from common import IGNORE_COLOR, DataError, class_colors, color_mask, load_manifest
 from dataset import (
     EpochBatches,
     TrainingSet,
@@ -29,7 +30,6 @@ from dataset import (
     training_transform,
 )
 from images import read_image, read_mask
-from manifest import IGNORE_COLOR, DataError, class_colors, color_mask, load_manifest
 
 
 def fake_manifest(pixels, splits=None, ids=None):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import evaluate as evaluation
 import prepare_masks
+from common import load_manifest
 from dataset import (
     evaluation_input,
     evaluation_loader,
@@ -24,9 +25,8 @@ from dataset import (
     resized_size,
 )
 from evaluate import evaluate, native_prediction
-from manifest import load_manifest
+from metrics import as_text, report, scores, tables
 from models import load_checkpoint, model_from_checkpoint
-from report import as_text, report, scores, tables
 
 CPU = torch.device("cpu")
 

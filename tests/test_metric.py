@@ -8,7 +8,7 @@ from sklearn.metrics import jaccard_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from evaluate import ConfusionMatrix, pick_rows
-from report import bootstrap, interval, p_value, scores
+from metrics import bootstrap, interval, p_value, scores
 
 CPU = torch.device("cpu")
 

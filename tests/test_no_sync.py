@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from train import Progress, build_optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,6 @@ from dataset import normalize
 from evaluate import ConfusionMatrix, native_prediction, predict_batches
 from losses import total_loss
 from models import build_model
-from run import Progress, build_optimizer
 from train import train_step
 
 CLASSES = ["background", "person", "car"]

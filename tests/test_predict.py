@@ -13,12 +13,12 @@ from conftest import SCRIPTS, command
 from PIL import Image
 
 import predict
+from common import DataError, class_colors, load_manifest
 from dataset import evaluation_loader
 from evaluate import predict_batches
 from images import read_image, upright_size
-from manifest import DataError, class_colors, load_manifest
 from models import build_model, load_checkpoint, model_from_checkpoint, save_checkpoint
-from pictures import OPACITY
+from report import OPACITY
 
 CPU = torch.device("cpu")
 WHITE = (255, 255, 255)

@@ -30,7 +30,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 import prepare_masks
-from annotations import Task, Unusable, category_labels, encode
+from coco import Task, Unusable, category_labels, encode
 from prepare_masks import Settings, encode_layers, paint, png
 
 CLASSES = ["person", "car", "bus", "dog"]

@@ -10,7 +10,7 @@ from conftest import SCRIPTS
 from torch.distributed.run import get_args_parser
 
 README = (SCRIPTS / "README.md").read_text()
-COMMANDS = re.findall(r"python (\w+)\.py ([^\n`|&]*)", README)
+COMMANDS = re.findall(r"python (?:tools/)?(\w+)\.py ([^\n`|&]*)", README)
 
 
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)
@@ -51,13 +51,13 @@ def test_flags_in_tables_exist():
 def test_help_shows_an_example_that_parses_and_the_defaults(script):
     parser = importlib.import_module(script).build_parser()
     example = shlex.split(parser.epilog.removeprefix("example: python "))
-    assert example[0] == f"{script}.py"
+    assert Path(example[0]).name == f"{script}.py"
     parser.parse_args(example[1:])
     assert "(default: " in parser.format_help()
 
 
 def test_files_and_make_targets_exist():
-    for name in re.findall(r"`(\w+\.py)`", README):
+    for name in re.findall(r"`([\w/]+\.py)`", README):
         assert (SCRIPTS / name).exists(), name
     targets = (SCRIPTS / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):

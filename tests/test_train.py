@@ -11,20 +11,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 import numpy as np
 import pytest
 import torch
 import wandb
 from conftest import SCRIPTS, TINY, command
 from PIL import Image
+from train import Progress, build_optimizer, skipped_steps
 from wandb_file import records
 
 import dataset
-import manifest
 import train
-from manifest import load_manifest
+from common import load_manifest
 from models import build_model, load_checkpoint
-from run import Progress, build_optimizer, skipped_steps
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal", "--gamma", "1.5"]
@@ -350,11 +350,11 @@ HANGING = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-import track, train, wandb
+import train, wandb
 log = wandb.Run.log
 def log_and_stop_the_service(*args, **kwargs):
     log(*args, **kwargs)
-    track.SECONDS = 3  # from now on: its start may take longer
+    train.SECONDS = 3  # from now on: its start may take longer
     for path in Path("/proc").glob("[0-9]*/stat"):
         name, _, rest = path.read_text().rpartition(")")
         if "(wandb-core" in name and int(rest.split()[1]) == os.getpid():
@@ -480,9 +480,9 @@ def test_a_dead_loader_process_is_learnt_of_anywhere(monkeypatch, capsys):
         def outcome(*_):
             raise error
 
-        monkeypatch.setattr(manifest, "_outcome", outcome)
+        monkeypatch.setattr(common, "_outcome", outcome)
         with pytest.raises(SystemExit) as stop:
-            manifest.run_command(train.main)
+            common.run_command(train.main)
         return stop.value.code
 
     assert ended(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")) == 2

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from manifest import DataError
+from common import DataError
 
 # pycocotools walks a polygon's outline at five points a pixel, in 32-bit integers: 1e8 crashes it.
 MAX_COORDINATE = 1e6

@@ -1,6 +1,6 @@
 """A small synthetic COCO and the whole pipeline on it: masks, training, evaluation, a picture.
 
-    python demo.py --out demo
+    python tools/demo.py --out demo
 
 Draws 400 scenes with simple people, cars, buses and dogs, writes them with annotations in COCO's
 format, and runs the scripts on them with the command lines that a user would type. Nothing is
@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from manifest import DataError, command_parser, run_command
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import DataError, command_parser, run_command
 
 COMMANDS = [
     "prepare_masks.py --coco-root {out}/coco --split train2017 val2017 --out {out}/data",
@@ -311,7 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser(
         "Write a small synthetic COCO and run the whole pipeline on it.",
-        "python demo.py --out demo",
+        "python tools/demo.py --out demo",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="its folder, emptied first")
     parser.add_argument("--epochs", type=int, default=7, help="epochs of training")
@@ -336,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in COMMANDS:
         words = [word.format(out=args.out, epochs=args.epochs) for word in command.split()]
         print(f"\n$ {shlex.join(['python', *words])}", flush=True)
-        words[0] = str(Path(__file__).parent / words[0])
+        words[0] = str(Path(__file__).parents[1] / words[0])
         code = subprocess.run([sys.executable, *words], check=False).returncode
         if code:
             return code if code > 0 else 128 - code  # as a shell reports a signal

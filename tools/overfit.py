@@ -1,6 +1,6 @@
 """Does the loop learn? Drive each model with each loss to a high IoU on 16 real images.
 
-    python tests/overfit.py --coco-root ../shared/coco_real --split train2017 --out /tmp/overfit
+    python tools/overfit.py --coco-root ../shared/coco_real --split train2017 --out /tmp/overfit
 
 Cuts a small COCO root out of a real one: of each class the four images with its largest instances,
 since a small network at a small size cannot draw small ones. The validation split holds the same
@@ -27,7 +27,7 @@ import dataset
 import evaluate
 import prepare_masks
 import train
-from manifest import DataError, load_manifest, run_command
+from common import DataError, load_manifest, run_command
 from models import ModelError
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
