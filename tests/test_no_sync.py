@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from train import Progress, build_optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +15,7 @@ from dataset import normalize
 from evaluate import ConfusionMatrix, native_prediction, predict_batches
 from losses import total_loss
 from models import build_model
-from train import train_step
+from train import Progress, build_optimizer, train_step
 
 CLASSES = ["background", "person", "car"]
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "item"}

@@ -11,20 +11,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
 import numpy as np
 import pytest
 import torch
 import wandb
 from conftest import SCRIPTS, TINY, command
 from PIL import Image
-from train import Progress, build_optimizer, skipped_steps
 from wandb_file import records
 
+import common
 import dataset
 import train
 from common import load_manifest
 from models import build_model, load_checkpoint
+from train import Progress, build_optimizer, skipped_steps
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal", "--gamma", "1.5"]
