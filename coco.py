@@ -1,6 +1,6 @@
 """COCO annotation files, read without trusting them, and their segmentations as run lengths.
 
-    tasks = index_split(root, "val2017", classes, set(), Skipped(strict=False), first=0)
+    tasks = index_split(root, "val2017", classes, set(), Skipped(strict=False))
     encoded = encode(segmentation, height, width)
 
 Whatever a file states is checked before pycocotools, which is C, gets to see it. What cannot be
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from common import DataError
+from common import UserError
 
 # pycocotools walks a polygon's outline at five points a pixel, in 32-bit integers: 1e8 crashes it.
 MAX_COORDINATE = 1e6
@@ -29,8 +29,7 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 class Task(NamedTuple):
     """What a worker needs for one image. `annotations`: (id, label, iscrowd, segmentation)."""
 
-    index: int
-    image_id: int
+    id: int
     split: str
     path: Path
     file: str
@@ -44,15 +43,9 @@ class Unusable(ValueError):
     """An annotation or an image that cannot be used; the text is the reason."""
 
 
-# --- segmentations -------------------------------------------------------------------------------
-
-
 def encode(segmentation: object, height: int, width: int) -> dict:
-    """Compressed RLE, as pycocotools has it, of a COCO segmentation: polygons or any RLE.
-
-    Raises Unusable for all that would crash pycocotools, make it guess, or make it read memory that
-    is not its own (see its rleFrString and rleFrPoly).
-    """
+    """Compressed RLE, as pycocotools has it, of a COCO segmentation: polygons or any RLE. Raises
+    Unusable for all that would crash pycocotools, make it guess, or read memory not its own."""
     if isinstance(segmentation, list):
         polygons = [_checked_polygon(polygon) for polygon in segmentation]
         if not polygons:
@@ -116,53 +109,6 @@ def _decompressed(text: str) -> list[int]:
     return counts
 
 
-# --- annotation files ----------------------------------------------------------------------------
-
-
-def read_annotations(root: Path, split: str) -> dict:
-    """The parsed instances file of a split. Raises DataError if it is missing or damaged."""
-    path = root / "annotations" / f"instances_{split}.json"
-    try:
-        with open(path, "rb") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        known = sorted(p.stem[10:] for p in (root / "annotations").glob("instances_*.json"))
-        remedy = f"splits found: {', '.join(known)}" if known else "check --coco-root"
-        raise DataError(f"no annotation file {path}; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {path} ({error}): download it again") from None
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"{path} has no list {key!r}: it is not a COCO instances file")
-    return content
-
-
-def category_labels(content: dict, classes: list[str], path: Path) -> dict[int, int | None]:
-    """Label of each category id, None for categories that were not chosen.
-
-    Raises DataError for a class that the file does not know.
-    """
-    names = {}
-    for category in content["categories"]:
-        if isinstance(category, dict) and type(category.get("id")) is int:
-            names[category["id"]] = category.get("name")
-    known = [name for name in names.values() if isinstance(name, str)]
-    for name in classes[1:]:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(known)}"
-            raise DataError(f"{path} has no category {name!r}; {hint}")
-    return {id_: classes.index(name) if name in classes else None for id_, name in names.items()}
-
-
-def image_folder(root: Path, split: str) -> Path:
-    """ROOT/<split> or ROOT/images/<split>. Raises DataError if neither exists."""
-    for folder in (root / split, root / "images" / split):
-        if folder.is_dir():
-            return folder
-    raise DataError(f"no images of {split}: neither {root / split} nor {root / 'images' / split}")
-
-
 class Skipped:
     """What could not be used: counted for the report, listed for the manifest, fatal if strict."""
 
@@ -175,24 +121,59 @@ class Skipped:
         names = {"split": split, "image_id": image_id, "annotation_id": annotation_id}
         self.rows.append({**names, "reason": reason})
         if self.strict:
-            what = f"image {image_id}"
-            if annotation_id is not None:
-                what = f"annotation {annotation_id} of {what}"
-            raise DataError(f"{split}, {what}: {reason} (--strict)")
+            what = "" if annotation_id is None else f"annotation {annotation_id} of "
+            raise UserError(f"{split}, {what}image {image_id}: {reason} (--strict)")
+
+
+def read_annotations(path: Path) -> dict:
+    """A parsed instances file. Raises UserError if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        known = sorted(p.stem[10:] for p in path.parent.glob("instances_*.json"))
+        remedy = f"splits found: {', '.join(known)}" if known else "check --coco-root"
+        raise UserError(f"no annotation file {path}; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({error}): download it again") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"{path} has no list {key!r}: it is not a COCO instances file")
+    return content
+
+
+def category_labels(categories: list, classes: list[str], path: Path) -> dict[int, int | None]:
+    """Label of each category id, None if not chosen. Raises UserError for an unknown class."""
+    names = {}
+    for category in categories:
+        if isinstance(category, dict) and type(category.get("id")) is int:
+            names[category["id"]] = category.get("name")
+    known = [name for name in names.values() if isinstance(name, str)]
+    for name in classes[1:]:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(known)}"
+            raise UserError(f"{path} has no category {name!r}; {hint}")
+    return {id_: classes.index(name) if name in classes else None for id_, name in names.items()}
+
+
+def image_folder(root: Path, split: str) -> Path:
+    """ROOT/<split> or ROOT/images/<split>. Raises UserError if neither exists."""
+    for folder in (root / split, root / "images" / split):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"no images of {split}: neither {root / split} nor {root / 'images' / split}")
 
 
 def index_split(
-    root: Path, split: str, classes: list[str], masks: set[str], skipped: Skipped, first: int
+    root: Path, split: str, classes: list[str], masks: set[str], skipped: Skipped
 ) -> list[Task]:
-    """The tasks of one split, with the annotations of the chosen classes.
-
-    `masks` holds the mask names taken so far, `first` is the number of the first task.
-    """
-    content = read_annotations(root, split)
-    labels = category_labels(content, classes, root / "annotations" / f"instances_{split}.json")
+    """The tasks of one split, with their annotations; `masks` holds the mask names taken so far."""
+    path = root / "annotations" / f"instances_{split}.json"
+    content = read_annotations(path)
+    labels = category_labels(content["categories"], classes, path)
     folder = image_folder(root, split)
     inside = tuple(os.path.realpath(base) + os.sep for base in (root, folder))
-    tasks, missing, dropped = {}, [], set()
+    tasks, dropped = {}, set()
     for image in content["images"]:
         image_id = image.get("id") if isinstance(image, dict) else None
         try:
@@ -200,90 +181,61 @@ def index_split(
                 raise Unusable("image without an id")
             if image_id in tasks:
                 raise Unusable("duplicate image id")
-            task = _image_task(image, split, root, folder, inside, first + len(tasks))
+            task = _image_task(image, split, root, folder, inside)
             if task.mask.casefold() in masks:
                 raise Unusable("another image has the same mask name")
         except Unusable as reason:
             skipped.add(split, image_id, None, str(reason))
             if type(image_id) is int:
                 dropped.add(image_id)
-            continue
-        tasks[image_id] = task
-        masks.add(task.mask.casefold())
-        if not task.path.is_file():
-            missing.append(task.path)
+        else:
+            tasks[image_id] = task
+            masks.add(task.mask.casefold())
+    missing = [task.path for task in tasks.values() if not task.path.is_file()]
     if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(tasks)} images of {split} are missing (first: "
-            f"{missing[0]}): download them again or take them out of the annotation file"
-        )
-    _add_annotations(content["annotations"], tasks, dropped, labels, split, skipped)
+        count = f"{len(missing)} of the {len(tasks)} images of {split}"
+        raise UserError(f"{count} are missing (first: {missing[0]}): download them again")
+    for annotation in content["annotations"]:
+        _add_annotation(annotation, tasks, dropped, labels, split, skipped)
     return list(tasks.values())
 
 
-def _image_task(
-    image: dict, split: str, root: Path, folder: Path, inside: tuple[str, ...], index: int
-) -> Task:
+def _image_task(image: dict, split: str, root: Path, folder: Path, inside: tuple[str, ...]) -> Task:
     height, width, name = image.get("height"), image.get("width"), image.get("file_name")
     if type(height) is not int or type(width) is not int or height < 1 or width < 1:
         raise Unusable("image height or width is not a whole number from 1 up")
     if height * width > MAX_PIXELS:
         raise Unusable(f"image has more than {MAX_PIXELS} pixels")
-    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
-        raise Unusable("file_name is not a file name")
-    relative = PurePosixPath(name)
-    mask = relative.stem + ".png"
     try:
-        path = folder / relative
-        real = os.path.realpath(path)
-        too_long = len(os.fsencode(mask)) > 255
-    except (OSError, ValueError):
+        relative = PurePosixPath(name)
+        path, mask = folder / relative, relative.stem + ".png"
+        real, too_long = os.path.realpath(path), len(os.fsencode(mask)) > 255
+    except (OSError, TypeError, ValueError):
         raise Unusable("file_name is not a file name") from None
-    if relative.is_absolute() or ".." in relative.parts or not relative.stem or too_long:
+    leads_away = relative.is_absolute() or ".." in relative.parts or "\\" in name
+    if leads_away or not relative.stem or too_long:
         raise Unusable("file_name is not a file name")
     if not real.startswith(inside):
         raise Unusable("file_name leads out of the root")
     file = path.relative_to(root).as_posix()
-    return Task(index, image["id"], split, path, file, mask, height, width, [])
+    return Task(image["id"], split, path, file, mask, height, width, [])
 
 
-def _add_annotations(
-    annotations: list,
-    tasks: dict[int, Task],
-    dropped: set[int],
-    labels: dict,
-    split: str,
-    skipped: Skipped,
-) -> None:
-    """Give each task the annotations of the chosen classes; those of other classes are left out.
-
-    The annotations of `dropped` images go with them, without a word each.
-    """
-    seen = set()
-    for annotation in annotations:
-        try:
-            if not isinstance(annotation, dict):
-                raise Unusable("annotation is not an object")
-            annotation_id, image_id = annotation.get("id"), annotation.get("image_id")
-            category_id, iscrowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
-            if type(annotation_id) is not int:
-                raise Unusable("annotation without an id")
-            if annotation_id in seen:
-                raise Unusable("duplicate annotation id")
-            seen.add(annotation_id)
-            if type(image_id) is not int or image_id not in tasks:
-                if type(image_id) is int and image_id in dropped:
-                    continue
-                raise Unusable("annotation of an unknown image")
-            if type(category_id) is not int or category_id not in labels:
-                raise Unusable("category is not in categories")
-            if iscrowd not in (0, 1):
-                raise Unusable("iscrowd is neither 0 nor 1")
-        except Unusable as reason:
-            ids = annotation if isinstance(annotation, dict) else {}
-            skipped.add(split, ids.get("image_id"), ids.get("id", "?"), str(reason))
-            continue
-        label = labels[category_id]
-        if label is not None:
-            row = (annotation_id, label, iscrowd, annotation.get("segmentation"))
-            tasks[image_id].annotations.append(row)
+def _add_annotation(annotation, tasks, dropped, labels, split, skipped) -> None:
+    """Give its task an annotation of a chosen class; those of `dropped` images go with them."""
+    fields = annotation if isinstance(annotation, dict) else {}
+    image_id, category_id = fields.get("image_id"), fields.get("category_id")
+    iscrowd, reason = fields.get("iscrowd", 0), None
+    if type(image_id) is not int or image_id not in tasks:
+        if type(image_id) is int and image_id in dropped:
+            return
+        reason = "annotation of an unknown image"
+    elif type(category_id) is not int or category_id not in labels:
+        reason = "category is not in categories"
+    elif iscrowd not in (0, 1):
+        reason = "iscrowd is neither 0 nor 1"
+    if reason:
+        skipped.add(split, image_id, fields.get("id", "?"), reason)
+    elif labels[category_id] is not None:
+        row = (fields.get("id", "?"), labels[category_id], iscrowd, fields.get("segmentation"))
+        tasks[image_id].annotations.append(row)

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts, one a GPU: who is who, and sums over all of them.
+"""The processes that torchrun starts, one per GPU: who is who, and sums over all of them.
 
     torchrun --nproc-per-node 8 train.py --model deeplab
 
@@ -6,12 +6,17 @@ Without torchrun there is one process, rank 0 of 1, and nothing here does anythi
 """
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+# How often torchrun has started these processes anew, after the death of one.
+RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def rank() -> int:
@@ -24,55 +29,42 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun started these processes again after one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def own_device(name: str) -> str:
+def local_device(name: str) -> str:
     """This process's device: of "auto" and "cuda" the GPU with its number on this machine."""
-    number = os.environ.get("LOCAL_RANK")
-    if number is not None and name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{number}"
-    return name
+    mine = "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{os.environ['LOCAL_RANK']}" if mine else name
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Be one of the processes, for the time of the context; only rank 0 prints."""
+    """Join the process group for the time of the context; only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, number, count = next(dist.rendezvous("env://"))
     # Addresses that dead processes have left in torchrun's store must not be found.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.PrefixStore(RESTARTS, store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
-        with ExitStack() as stack:
-            if rank() > 0:
-                null = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(null))
-                stack.enter_context(redirect_stderr(null))
-            yield
+        with open(os.devnull, "w") as null:
+            out, err = (null, null) if rank() else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
     finally:
         dist.destroy_process_group()
 
 
-def synchronized(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model with batch norm over the batches of all ranks, where torch has that: on GPUs."""
-    if world() > 1 and device.type == "cuda":
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model's forward for training; its backward averages the gradients over the ranks."""
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model for training: its backward averages the gradients over the ranks."""
     if world() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if device.type != "cuda":  # torch has no synchronized batch norm for CPUs
+        return DistributedDataParallel(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, device_ids=[device])
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -83,8 +75,8 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def joined(mine: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, ...) tensor out of its parts: rank r has rows r, r + world, ... of it."""
+def gather(mine: torch.Tensor, count: int) -> torch.Tensor:
+    """(count, ...) tensor out of its parts: rank r holds rows r, r + world, ... of it."""
     if world() == 1:
         return mine
     whole = torch.zeros(count, *mine.shape[1:], dtype=mine.dtype, device=mine.device)

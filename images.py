@@ -1,31 +1,29 @@
-"""Image files of any kind as 8-bit RGB, and mask files, checked; errors that name the file."""
+"""Image and mask files of any kind, read and checked; errors name the file. Needs no torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common import IGNORE_INDEX, DataError
+from common import IGNORE_INDEX, UserError
 
 
 @contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
+def _open(path: Path, kind: str, missing: str, damaged: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except DataError:
+    except UserError:
         raise
     except FileNotFoundError:
-        raise DataError(
-            f"no image at {path}: the images moved? run prepare_masks.py again with --coco-root"
-        ) from None
+        raise UserError(f"no {kind} at {path}: {missing}") from None
     except Exception as error:  # a damaged file can make Pillow's decoders raise anything
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "no image, or of a format that Pillow does not know"
-        raise DataError(f"cannot read the image {path} ({reason}): replace or remove it") from None
+        raise UserError(f"cannot read the {kind} {path} ({reason}): {damaged}") from None
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
@@ -33,29 +31,17 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 
     COCO annotates the pixels as stored, so EXIF rotation is applied only where the turned image,
     and not the stored one, has the annotated `size` (height, width). Without `size` it always is.
-    Raises DataError if the file is missing, not an image, or of neither size.
+    Raises UserError if the file is missing, not an image, or of neither size.
     """
-    with _open_image(path) as image:
-        turned = ImageOps.exif_transpose(image) if size is None or _size(image) != size else image
-        if size is not None and _size(turned) != size:
-            raise DataError(
-                f"{path} is {image.height}x{image.width} (height x width), the annotations say "
-                f"{size[0]}x{size[1]}: replace the image or run prepare_masks.py again"
-            )
+    moved = "the images moved? run prepare_masks.py again with --coco-root"
+    with _open(path, "image", moved, "replace or remove it") as image:
+        stored = image.height, image.width
+        turned = image if stored == size else ImageOps.exif_transpose(image)
+        if size not in (None, (turned.height, turned.width)):
+            found, stated = (f"{height}x{width}" for height, width in (stored, size))
+            remedy = "replace the image or run prepare_masks.py again"
+            raise UserError(f"{path} is {found}, the annotations say {stated}: {remedy}")
         return _rgb(turned)
-
-
-def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width that `read_image(path)` will have, from the header alone.
-
-    Rarely the decoded image differs, as with EXIF behind the pixels of a PNG. Raises DataError if
-    the file is missing or not an image.
-    """
-    with _open_image(path) as image:
-        # A TIFF, whose EXIF is not in `info`, gives its upright size itself.
-        exif = image.getexif() if "exif" in image.info else {}
-        swapped = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (image.width, image.height) if swapped else _size(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -75,27 +61,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def _size(image: Image.Image) -> tuple[int, int]:
-    return image.height, image.width
-
-
 def read_mask(path: Path, classes: int) -> np.ndarray:
-    """(H, W) uint8 labels. Raises DataError for a label that is neither a class nor 255."""
-    try:
-        with Image.open(path) as image:
-            if image.mode != "L":
-                raise DataError(f"{path} has mode {image.mode}, not L: run prepare_masks.py again")
-            mask = np.array(image)
-    except FileNotFoundError:
-        raise DataError(f"no mask at {path}: run prepare_masks.py again") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(
-            f"cannot read the mask {path} ({error}): run prepare_masks.py again"
-        ) from None
+    """(H, W) uint8 labels. Raises UserError for a label that is neither a class nor 255."""
+    again = "run prepare_masks.py again"
+    with _open(path, "mask", again, again) as image:
+        if image.mode != "L":
+            raise UserError(f"{path} has mode {image.mode}, not L: {again}")
+        mask = np.array(image)
     wrong = mask[(mask >= classes) & (mask != IGNORE_INDEX)]
     if wrong.size:
-        raise DataError(
-            f"{path} holds the label {wrong[0]}, which is neither a class (0 to {classes - 1}) "
-            f"nor {IGNORE_INDEX}: run prepare_masks.py again"
-        )
+        known = f"neither a class (0 to {classes - 1}) nor {IGNORE_INDEX}"
+        raise UserError(f"{path} holds the label {wrong[0]}, which is {known}: {again}")
     return mask

@@ -9,6 +9,7 @@ loss = segmentation_loss(logits, masks, weight=weight, gamma=2.0)
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common import IGNORE_INDEX
 
@@ -16,12 +17,12 @@ AUXILIARY_WEIGHT = 0.5  # of the auxiliary head's loss, as torchvision trains De
 
 
 def segmentation_loss(
-    logits: torch.Tensor,
-    masks: torch.Tensor,
-    weight: torch.Tensor | None = None,
+    logits: Tensor,
+    masks: Tensor,
+    weight: Tensor | None = None,
     gamma: float = 0.0,
-    total: torch.Tensor | None = None,
-) -> torch.Tensor:
+    normalizer: Tensor | None = None,
+) -> Tensor:
     """Class-weighted focal loss: sum of w[y] (1 - p)^gamma CE over valid pixels / sum of w[y].
 
     p is the probability of the true class y, CE = -log p. gamma = 0 is cross entropy, equal to
@@ -29,8 +30,8 @@ def segmentation_loss(
     loss 0 and gradient 0, where `F.cross_entropy` gives NaN. In float32 under autocast too.
 
     logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or 255 (ignored).
-    weight: (C,) float32 or None. gamma >= 0. total: the sum of w[y] to divide by, if these images
-    are a part of a larger batch. Returns a float32 scalar on the device of the logits.
+    weight: (C,) float32 or None. gamma >= 0. normalizer: the sum of w[y] to divide by, if these
+    images are a part of a larger batch. Returns a float32 scalar on the device of the logits.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5. Divided by
     the weights alone, not the modulated ones, so that gamma does turn easy pixels down.
@@ -42,11 +43,11 @@ def segmentation_loss(
         # 1 - p without cancellation; the clamp keeps the slope finite at p = 1 for gamma < 1.
         loss = loss * (-torch.expm1(-loss)).clamp_min(1e-6) ** gamma
     weights = pixel_weights(masks, weight)
-    total = weights.sum() if total is None else total
-    return (weights * loss).sum() / total.clamp_min(torch.finfo(torch.float32).tiny)
+    normalizer = weights.sum() if normalizer is None else normalizer
+    return (weights * loss).sum() / normalizer.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def pixel_weights(masks: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def pixel_weights(masks: Tensor, weight: Tensor | None) -> Tensor:
     """(N, H, W) float32: w[y] of each pixel, 1 without class weights, 0 where it is ignored."""
     valid = masks != IGNORE_INDEX
     if weight is None:
@@ -54,22 +55,15 @@ def pixel_weights(masks: torch.Tensor, weight: torch.Tensor | None) -> torch.Ten
     return valid * weight[torch.where(valid, masks, 0).long()]  # ignored pixels look up class 0
 
 
-def total_loss(
-    outputs: dict[str, torch.Tensor],
-    masks: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    gamma: float = 0.0,
-    total: torch.Tensor | None = None,
-) -> torch.Tensor:
+def total_loss(outputs: dict[str, Tensor], masks: Tensor, *options) -> Tensor:
     """`segmentation_loss` of outputs["out"], plus half that of outputs["aux"] if present."""
-    loss = segmentation_loss(outputs["out"], masks, weight, gamma, total)
+    loss = segmentation_loss(outputs["out"], masks, *options)
     if "aux" in outputs:
-        auxiliary = segmentation_loss(outputs["aux"], masks, weight, gamma, total)
-        loss = loss + AUXILIARY_WEIGHT * auxiliary
+        loss = loss + AUXILIARY_WEIGHT * segmentation_loss(outputs["aux"], masks, *options)
     return loss
 
 
-def class_weights(pixels: np.ndarray, power: float = 0.5, max_ratio: float = 10.0) -> torch.Tensor:
+def class_weights(pixels: np.ndarray, power: float = 0.5, max_ratio: float = 10.0) -> Tensor:
     """(C,) float32 weights from (C,) pixel counts: (1 / share)^power, at most `max_ratio` apart.
 
     Full inverse frequency (power 1) gives COCO's rare classes weights of several hundred and lowers

@@ -1,15 +1,15 @@
-"""Scores of confusion matrices with bootstrap intervals: as JSON, as text, as Markdown.
+"""Confusion matrices, their scores with bootstrap intervals, and tables of them.
 
-    entry = report("runs/unet/best.pt", classes, matrices, resamples=2000)
-    print("\n\n".join(map(as_text, tables([entry]))))
+    confusion = ConfusionMatrix(images=100, classes=5, device=device)
+    confusion.update(0, prediction, mask)
+    values = scores(confusion.matrices().sum(axis=0))
 
-All of it from one (C, C) matrix of pixel counts an image, rows truth, columns prediction.
+All of it from one (C, C) matrix of pixel counts per image, rows truth, columns prediction.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common import IGNORE_INDEX
 
@@ -20,14 +20,11 @@ LARGEST = 20  # of more labels, so many confusions
 Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the first is the head
 
 
-# --- the metric ----------------------------------------------------------------------------------
-
-
 class ConfusionMatrix:
-    """Pixel counts by (truth, prediction), one int64 matrix an image, kept on the device.
+    """Pixel counts by (truth, prediction), one int64 matrix per image, kept on the device.
 
-    `update` reads nothing back: ignored pixels go to a bin of their own, which is dropped, instead
-    of being selected away, and scatter_add_ needs no look at the largest index as bincount does.
+    `update` reads nothing back: ignored pixels go to a bin of their own instead of being selected
+    away, and scatter_add_, unlike bincount, need not know the largest index.
     """
 
     def __init__(self, images: int, classes: int, device: torch.device):
@@ -35,37 +32,31 @@ class ConfusionMatrix:
         self.bins = torch.zeros(images, classes * classes + 1, dtype=torch.int64, device=device)
         self.one = torch.ones(1, dtype=torch.int64, device=device)
 
-    def update(self, image: int, prediction: torch.Tensor, mask: torch.Tensor) -> None:
+    def update(self, image: int, prediction: Tensor, mask: Tensor) -> None:
         """Count the pixels of one image. Both are (H, W) integer; the mask may hold 255."""
         bins = mask.int() * self.classes + prediction  # int64 would take five times as long
         bins = torch.where(mask == IGNORE_INDEX, self.classes**2, bins).flatten().long()
         self.bins[image].scatter_add_(0, bins, self.one.expand(len(bins)))
 
     def matrices(self) -> np.ndarray:
-        """(images, classes, classes) int64, rows truth, columns prediction. Reads the device."""
+        """(images, C, C) int64, rows truth, columns prediction. Reads the device."""
         return self.bins[:, :-1].reshape(-1, self.classes, self.classes).cpu().numpy()
 
 
-# --- scores --------------------------------------------------------------------------------------
-
-
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of (..., C, C) confusion matrices, as fractions, NaN where there is nothing to divide.
-
-    iou, precision and recall are (..., C); miou, foreground_miou (without label 0) and
-    pixel_accuracy are (...). Means leave NaN out.
-    """
+    """Scores of (..., C, C) confusion matrices, as fractions, NaN where there is nothing to divide:
+    (..., C) by class, and (...) means, which leave NaN out (foreground_miou label 0 as well)."""
     confusion = np.asarray(confusion, dtype=np.float64)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    true_positives = np.diagonal(confusion, axis1=-2, axis2=-1)
     truth, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
-    iou = _divide(hits, truth + predicted - hits)
+    iou = _divide(true_positives, truth + predicted - true_positives)
     return {
         "iou": iou,
-        "precision": _divide(hits, predicted),
-        "recall": _divide(hits, truth),
+        "precision": _divide(true_positives, predicted),
+        "recall": _divide(true_positives, truth),
         "miou": _mean(iou),
         "foreground_miou": _mean(iou[..., 1:]),
-        "pixel_accuracy": _divide(hits.sum(axis=-1), truth.sum(axis=-1)),
+        "pixel_accuracy": _divide(true_positives.sum(axis=-1), truth.sum(axis=-1)),
     }
 
 
@@ -78,17 +69,15 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return _divide(np.where(present, values, 0).sum(axis=-1), present.sum(axis=-1))
 
 
-def bootstrap(matrices: np.ndarray, resamples: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """`scores` of `resamples` resamples of the images (Efron 1979): arrays with a leading axis.
+def bootstrap(matrices: np.ndarray, resamples: int) -> dict[str, np.ndarray]:
+    """`scores` of `resamples` resamples of the N images (Efron 1979), with a leading axis.
 
-    matrices: (N, C, C). A resample is a count an image, so all of them are one matrix product. The
-    same seed and N draw the same images, so the results of two checkpoints are paired.
+    matrices: (N, C, C). All resamples are one matrix product: of how often each draws an image, and
+    the images' counts. The same N draws the same images, so results of two checkpoints are paired.
     """
-    count = len(matrices)
-    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    draws += count * np.arange(resamples)[:, None]
-    times = np.bincount(draws.ravel(), minlength=resamples * count).reshape(resamples, count)
-    pooled = times.astype(np.float64) @ matrices.reshape(count, -1).astype(np.float64)
+    count, rng = len(matrices), np.random.default_rng(0)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    pooled = draws @ matrices.reshape(count, -1).astype(np.float64)
     return scores(pooled.reshape(resamples, *matrices.shape[1:]))
 
 
@@ -98,47 +87,29 @@ def interval(samples: np.ndarray) -> list[float | None]:
     return np.percentile(samples, [2.5, 97.5]).tolist() if len(samples) else [None, None]
 
 
-def p_value(differences: np.ndarray) -> float:
-    """Two-sided p-value of resampled differences against 0, never exactly 0."""
-    below, above = (differences <= 0).sum(), (differences >= 0).sum()
-    return float(min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1)))
-
-
-# --- as JSON -------------------------------------------------------------------------------------
-
-
 def report(
-    name: str,
-    classes: list[str],
-    matrices: np.ndarray,
-    resamples: int,
-    evaluated_on: str = "validation",
+    ckpt: str, classes: list[str], matrices: np.ndarray, resamples: int, images: str
 ) -> dict:
-    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist."""
+    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist.
+    matrices: (N, C, C) of its N validation, training or all `images`."""
     confusion = matrices.sum(axis=0)
-    values = scores(confusion)
-    entry = {
-        "ckpt": name,
-        "classes": classes,
-        "confusion": confusion.tolist(),
-        **{key: by_class(classes, values[key]) for key in ("iou", "precision", "recall")},
-        **{key: plain(values[key]) for key in (*MEANS, "pixel_accuracy")},
-        "images": len(matrices),
-        "evaluated_on": evaluated_on,
-        "images_with_class": dict(zip(classes, (matrices.sum(axis=2) > 0).sum(axis=0).tolist())),
-    }
+    entry = {"ckpt": ckpt, "classes": classes, "confusion": confusion.tolist()}
+    for key, values in scores(confusion).items():
+        by_class = values.ndim > 0
+        entry[key] = dict(zip(classes, map(plain, values))) if by_class else plain(values)
+    holding = (matrices.sum(axis=2) > 0).sum(axis=0).tolist()
+    entry |= {"images": len(matrices), "evaluated_on": images}
+    entry["images_with_class"] = dict(zip(classes, holding))
     if resamples:
         samples = bootstrap(matrices, resamples)
         entry["interval"] = {
-            "iou": {name: interval(s) for name, s in zip(classes, samples["iou"].T)},
+            "iou": dict(zip(classes, map(interval, samples["iou"].T))),
             **{key: interval(samples[key]) for key in MEANS},
         }
     return entry
 
 
-def add_differences(
-    entries: Sequence[dict], all_matrices: Sequence[np.ndarray], resamples: int
-) -> None:
+def add_differences(entries: list[dict], all_matrices: list[np.ndarray], resamples: int) -> None:
     """Give all entries but the first their paired difference to it: value, interval, p-value."""
     first = bootstrap(all_matrices[0], resamples)
     for entry, matrices in zip(entries[1:], all_matrices[1:]):
@@ -148,10 +119,11 @@ def add_differences(
             if entry[key] is None or entries[0][key] is None:
                 continue
             differences = samples[key] - first[key]
+            tail = int(min((differences <= 0).sum(), (differences >= 0).sum()))
             entry["difference"][key] = {
                 "value": entry[key] - entries[0][key],
                 "interval": interval(differences),
-                "p": p_value(differences),
+                "p": min(1.0, 2 * (tail + 1) / (resamples + 1)),  # two-sided, never 0
             }
 
 
@@ -160,15 +132,20 @@ def plain(value: np.ndarray) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def by_class(classes: list[str], values: np.ndarray) -> dict[str, float | None]:
-    """{class name: value or None}."""
-    return {name: plain(value) for name, value in zip(classes, values)}
+def pick(how: str, count: int, matrices: np.ndarray, classes: list[str]) -> np.ndarray:
+    """Numbers of up to `count` of the images of (N, C, C) matrices: the "worst" or "best" by their
+    own foreground mIoU, "random" ones of those that have one, or those that hold most of a class.
+    """
+    if how in classes:
+        area = matrices[:, classes.index(how)].sum(axis=1)
+        return np.argsort(-area, kind="stable")[: min(count, np.count_nonzero(area))]
+    value = scores(matrices)["foreground_miou"]  # NaN, if neither mask nor prediction has any
+    order = np.argsort(-value if how == "best" else value, kind="stable")  # NaN sorts last
+    order = order[: np.count_nonzero(~np.isnan(value))]
+    return (np.random.default_rng(0).permutation(order) if how == "random" else order)[:count]
 
 
-# --- tables --------------------------------------------------------------------------------------
-
-
-def tables(entries: Sequence[dict]) -> list[Table]:
+def tables(entries: list[dict]) -> list[Table]:
     """What the report says, for a person: of several a comparison first, then each in detail."""
     result = [comparison_table(entries)] if len(entries) > 1 else []
     if "difference" in entries[-1]:
@@ -178,8 +155,8 @@ def tables(entries: Sequence[dict]) -> list[Table]:
     return result
 
 
-def comparison_table(entries: Sequence[dict]) -> Table:
-    """IoU of every class and the means, a row a checkpoint, below it the intervals."""
+def comparison_table(entries: list[dict]) -> Table:
+    """IoU of every class and the means, a row per checkpoint, below it the intervals."""
     first = entries[0]
     rows = [["", *first["classes"], "mean", "fg mean", "accuracy"]]
     for entry in entries:
@@ -187,21 +164,19 @@ def comparison_table(entries: Sequence[dict]) -> Table:
         rows.append([entry["ckpt"], *map(percent, cells)])
         if "interval" in entry:
             pairs = [*entry["interval"]["iou"].values(), *(entry["interval"][k] for k in MEANS)]
-            rows.append(["", *(span(pair) for pair in pairs), ""])
-    note = "; below each its 95% bootstrap interval over images" * ("interval" in first)
-    return f"IoU in % on {described(first)}{note}", rows
+            rows.append(["", *map(span, pairs), ""])
+    note = "; below each its 95% bootstrap interval over images" if "interval" in first else ""
+    return f"IoU in % on {first['images']} {first['evaluated_on']} images{note}", rows
 
 
-def difference_table(entries: Sequence[dict]) -> Table:
+def difference_table(entries: list[dict]) -> Table:
     """Paired differences of the means to the first checkpoint."""
     rows = [["", "of", "points", "95% interval", "p"]]
     for entry in entries[1:]:
         for key, found in entry["difference"].items():
-            low, high = (f"{100 * bound:+.1f}" for bound in found["interval"])
-            points = f"{100 * found['value']:+.1f}"
-            rows.append(
-                [entry["ckpt"], MEANS[key], points, f"{low} to {high}", f"{found['p']:.3f}"]
-            )
+            points, low, high = (f"{100 * x:+.1f}" for x in (found["value"], *found["interval"]))
+            p = f"{found['p']:.3f}"
+            rows.append([entry["ckpt"], MEANS[key], points, f"{low} to {high}", p])
     return f"Difference to {entries[0]['ckpt']} on the same images", rows
 
 
@@ -216,7 +191,7 @@ def class_table(entry: dict) -> Table:
     for key, name in MEANS.items():
         rows.append([name, percent(entry[key]), span(intervals.get(key)), "", "", ""])
     rows.append(["pixel accuracy", percent(entry["pixel_accuracy"]), "", "", "", ""])
-    return f"{entry['ckpt']} on {described(entry)}, in %", rows
+    return f"{entry['ckpt']} on {entry['images']} {entry['evaluated_on']} images, in %", rows
 
 
 def confusion_table(entry: dict) -> Table:
@@ -233,11 +208,6 @@ def confusion_table(entry: dict) -> Table:
         truth, label = divmod(int(place), len(classes))
         rows.append([classes[truth], classes[label], percent(share[truth, label])])
     return title, rows
-
-
-def described(entry: dict) -> str:
-    """The images that an entry is about."""
-    return f"{entry['images']} {entry['evaluated_on']} images"
 
 
 def as_text(table: Table) -> str:

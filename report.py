@@ -1,27 +1,23 @@
-"""Pictures of masks: overlays with outlines, and panels of what a model gets wrong.
-
-overlay(image, mask, colors).save("overlay.png")
-draw_panels(manifest, examples).save("panels.png")
-"""
+"""What people look at: masks laid over images, and panels of what a model gets wrong."""
 
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import IGNORE_COLOR, IGNORE_INDEX, Manifest, color_mask
-from images import read_image
+from common import IGNORE_COLOR, IGNORE_INDEX, color_mask
 
 OPACITY = 110  # of 255; outlines are opaque
 ERROR_COLOR = (220, 30, 30)
 PANEL, GAP = 320, 4  # a panel's width and largest height, and the space around it, in pixels
 TITLES = ("image", "ground truth", "prediction", "errors")
+WIDTH = len(TITLES) * (PANEL + GAP)
 
 
 class Example(NamedTuple):
     """An image to draw. `prediction` and `mask` are (H, W) uint8, `caption` a line of words."""
 
-    row: int
+    image: Image.Image
     prediction: np.ndarray
     mask: np.ndarray
     caption: str
@@ -55,69 +51,47 @@ def errors(image: Image.Image, prediction: np.ndarray, mask: np.ndarray) -> Imag
     return pale
 
 
-def draw_panels(manifest: Manifest, examples: list[Example]) -> Image.Image:
+def draw_panels(examples: list[Example], classes: list[str], colors: list) -> Image.Image:
     """A legend, then for each example a row: image, ground truth, prediction, errors; caption."""
-    strips = [_legend(manifest), *(_strip(manifest, example) for example in examples)]
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet
+    strips = [_legend(classes, colors), *(_strip(example, colors) for example in examples)]
+    return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
 
 
-def _strip(manifest: Manifest, example: Example) -> Image.Image:
+def _strip(example: Example, colors: list) -> Image.Image:
     """Drawn at the panel's size, so that an outline is as thin on a large image as on a small."""
-    height, width = (int(n) for n in manifest.sizes[example.row])
-    scale = PANEL / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    image = read_image(manifest.root / manifest.files[example.row], (height, width)).resize(size)
+    scale = PANEL / max(example.image.size)
+    size = tuple(max(1, round(side * scale)) for side in example.image.size)
+    image = example.image.resize(size)
     prediction, mask = (
         np.array(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
         for labels in (example.prediction, example.mask)
     )
-    pictures = [
-        image,
-        overlay(image, mask, manifest.colors),
-        overlay(image, prediction, manifest.colors),
-        errors(image, prediction, mask),
-    ]
-    font = ImageFont.load_default(13)
-    total = len(TITLES) * (PANEL + GAP)
-    lines = _wrapped(example.caption.split(" "), total - 2 * GAP, font)
-    strip = Image.new("RGB", (total, size[1] + 18 * len(lines) + 12), "white")
+    pictures = [image, overlay(image, mask, colors), overlay(image, prediction, colors)]
+    pictures.append(errors(image, prediction, mask))
+    lines, font = [""], ImageFont.load_default(13)
+    for word in example.caption.split(" "):
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > WIDTH - 2 * GAP:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    strip = Image.new("RGB", (WIDTH, size[1] + 18 * len(lines) + 12), "white")
     for column, picture in enumerate(pictures):
         left = column * (PANEL + GAP) + GAP // 2 + (PANEL - size[0]) // 2  # portraits: centred
         strip.paste(picture, (left, 2))
-    for number, line in enumerate(lines):
-        ImageDraw.Draw(strip).text((GAP, size[1] + 5 + 18 * number), line, "black", font)
+    ImageDraw.Draw(strip).multiline_text((GAP, size[1] + 5), "\n".join(lines), "black", font)
     return strip
 
 
-def _wrapped(words: list[str], width: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of words, each no wider than `width` unless a single word is."""
-    lines = [words[0]]
-    for word in words[1:]:
-        longer = f"{lines[-1]} {word}"
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def _legend(manifest: Manifest) -> Image.Image:
+def _legend(classes: list[str], colors: list) -> Image.Image:
     font = ImageFont.load_default(15)
-    entries = [*zip(manifest.classes[1:], manifest.colors[1:])]
-    entries += [("ignored", IGNORE_COLOR), ("wrong", ERROR_COLOR)]
-    total, x, y, places = len(TITLES) * (PANEL + GAP), 6, 6, []
+    entries = [*zip(classes[1:], colors[1:]), ("ignored", IGNORE_COLOR), ("wrong", ERROR_COLOR)]
+    x, y, places = 6, 6, []
     for name, color in entries:
         width = 34 + round(font.getlength(name))
-        if x > 6 and x + width > total:
+        if x > 6 and x + width > WIDTH:
             x, y = 6, y + 26
         places.append((x, y, name, color))
         x += width
-    legend = Image.new("RGB", (total, y + 44), "white")
+    legend = Image.new("RGB", (WIDTH, y + 44), "white")
     draw = ImageDraw.Draw(legend)
     for x, y, name, color in places:
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(color), outline="black")

@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare_masks
-from common import DataError, load_manifest
+from common import UserError, load_manifest
 from images import read_mask
 
 EVIL = [
@@ -107,7 +107,7 @@ def main() -> None:
         refusal = ""
         try:
             prepare_masks.main(["--coco-root", str(work / "root"), *flags])
-        except DataError as error:
+        except UserError as error:
             refusal = str(error)
         if refusal:
             assert "\n" not in refusal

@@ -7,27 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import given, settings, st
 from PIL import Image
-from torchvision import tv_tensors
 
 import dataset
-from common import IGNORE_COLOR, DataError, class_colors, color_mask, load_manifest
+from common import IGNORE_COLOR, UserError, class_colors, color_mask, load_manifest
 from dataset import (
     EpochBatches,
     TrainingSet,
+    augment,
     evaluation_input,
     evaluation_loader,
-    like_batches,
     normalize,
     oversample,
     padded_size,
     rare_classes,
     resized_size,
-    split_rows,
+    split_indices,
     training_loader,
-    training_transform,
 )
 from images import read_image, read_mask
 
@@ -60,12 +57,12 @@ def skewed(count=400, seed=0):
 
 def test_split_is_disjoint_complete_stable_and_stratified():
     manifest = skewed()
-    train, val = split_rows(manifest, seed=3)
+    train, val = split_indices(manifest, 3, None)
     assert len(np.intersect1d(train, val)) == 0
     np.testing.assert_array_equal(np.union1d(train, val), np.arange(400))
-    again = split_rows(manifest, seed=3)
+    again = split_indices(manifest, 3, None)
     np.testing.assert_array_equal(val, again[1])
-    assert not np.array_equal(val, split_rows(manifest, seed=4)[1])
+    assert not np.array_equal(val, split_indices(manifest, 4, None)[1])
     holds = manifest.pixels > 0
     for label in range(1, 4):
         share = holds[val, label].sum() / holds[:, label].sum()
@@ -76,29 +73,29 @@ def test_split_is_disjoint_complete_stable_and_stratified():
 
 def test_split_depends_on_the_images_not_on_their_order():
     manifest = skewed()
-    _, val = split_rows(manifest, seed=0)
+    _, val = split_indices(manifest, 0, None)
     order = np.random.default_rng(1).permutation(400)
     shuffled = Fake(**vars(manifest))
     shuffled.pixels, shuffled.ids = manifest.pixels[order], manifest.ids[order]
-    _, other = split_rows(shuffled, seed=0)
+    _, other = split_indices(shuffled, 0, None)
     assert set(manifest.ids[val]) == set(shuffled.ids[other])
 
 
 def test_named_split_validates(data):
     manifest = load_manifest(data)
-    train, val = split_rows(manifest, seed=0, val_split="val2017")
+    train, val = split_indices(manifest, 0, "val2017")
     assert set(manifest.splits[val]) == {"val2017"}
     assert set(manifest.splits[train]) == {"train2017"}
-    with pytest.raises(DataError, match="train2017, val2017"):
-        split_rows(manifest, seed=0, val_split="test2017")
+    with pytest.raises(UserError, match="train2017, val2017"):
+        split_indices(manifest, 0, "test2017")
 
 
 @given(st.integers(1, 6), st.integers(0, 5))
 @settings(deadline=None, max_examples=30)
 def test_oversampling_repeats_exactly_the_rare_training_images(factor, seed):
     manifest = skewed(seed=seed)
-    train, val = split_rows(manifest, seed=0)
-    rare = rare_classes(manifest, train)
+    train, val = split_indices(manifest, 0, None)
+    rare = rare_classes(manifest, train, None)
     assert rare == ["bus"]
     rows, counts = np.unique(oversample(manifest, train, rare, factor), return_counts=True)
     np.testing.assert_array_equal(rows, train)
@@ -108,7 +105,7 @@ def test_oversampling_repeats_exactly_the_rare_training_images(factor, seed):
 
 def test_a_class_in_no_image_is_not_rare_but_absent():
     manifest = fake_manifest([[9, 1, 0, 0]] * 99 + [[9, 0, 0, 1]])
-    assert rare_classes(manifest, np.arange(100)) == ["bus"]
+    assert rare_classes(manifest, np.arange(100), None) == ["bus"]
 
 
 # --- transforms ----------------------------------------------------------------------------------
@@ -117,13 +114,12 @@ BLOCKS = np.kron(np.arange(48).reshape(6, 8), np.ones((20, 20))).astype(np.uint8
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_image_and_mask_move_together(seed):
+def test_image_and_mask_move_together(seed, monkeypatch):
     """The red channel encodes the label; colour jitter is left out, it may change colours."""
     torch.manual_seed(seed)
+    monkeypatch.setattr(dataset.v2, "ColorJitter", lambda **_: lambda image: image)
     picture = torch.from_numpy(BLOCKS * 5).expand(3, -1, -1)
-    transform = training_transform(96)
-    transform.transforms = transform.transforms[:2]
-    image, mask = transform(tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(BLOCKS)))
+    image, mask = augment(picture, torch.from_numpy(BLOCKS), 96)
     assert image.shape == (3, 96, 96)
     assert mask.shape == (96, 96)
     assert set(mask.unique().tolist()) <= set(range(48))
@@ -138,20 +134,21 @@ def test_image_and_mask_move_together(seed):
 
 
 @pytest.mark.parametrize("source", [16, 48, 64, 96, 128])
-def test_masks_are_sampled_at_pixel_centres(source):
+def test_masks_are_sampled_at_pixel_centres(source, monkeypatch):
     """A half-and-half mask resized to 32 keeps its edge; "nearest" would move it at some sizes."""
+    whole = (0, 0, source, source)
+    monkeypatch.setattr(dataset.v2.RandomResizedCrop, "get_params", lambda *_, **__: whole)
+    monkeypatch.setattr(dataset.torch, "rand", lambda _: torch.ones(1))  # no flip
+    image = torch.zeros(3, source, source, dtype=torch.uint8)
     mask = torch.zeros(source, source, dtype=torch.uint8)
     mask[:, source // 2 :] = 1
     mask[source // 2 :] += 2
-    crop = dataset.RandomResizedCrop((32, 32))
-    params = {"top": 0, "left": 0, "height": source, "width": source}
-    resized = crop.transform(tv_tensors.Mask(mask), params)
     expected = torch.zeros(32, 32, dtype=torch.uint8)
     expected[:, 16:] = 1
     expected[16:] += 2
-    assert torch.equal(resized.as_subclass(torch.Tensor), expected)
-    gradient = tv_tensors.Mask(torch.arange(source, dtype=torch.uint8).expand(source, source))
-    columns = crop.transform(gradient, params)[0].double()
+    assert torch.equal(augment(image, mask, 32)[1], expected)
+    gradient = torch.arange(source, dtype=torch.uint8).expand(source, source)
+    columns = augment(image, gradient, 32)[1][0].double()
     centre = (columns - torch.arange(source).double().mean()).mean().item()
     assert abs(centre) <= 0.5
 
@@ -191,7 +188,7 @@ def test_normalize():
 
 
 def epoch_of(manifest, rows, workers, epoch=0, start=0, seed=0):
-    loader = training_loader(manifest, EpochBatches(rows, 4, seed), 32, seed, workers)
+    loader = training_loader(manifest, EpochBatches(rows, 4, seed), 32, workers)
     loader.batch_sampler.set_epoch(epoch, start)
     return [(images.clone(), masks.clone()) for images, masks in loader]
 
@@ -253,18 +250,23 @@ def test_evaluation_loader_gives_every_image_once_with_255_around_its_mask(data)
 
 
 def test_batches_are_of_like_images_and_few_pixels():
+    def batches(sizes, size, batch_size):
+        manifest = SimpleNamespace(sizes=np.array(sizes).reshape(-1, 2))
+        loader = evaluation_loader(manifest, np.arange(len(sizes)), size, batch_size, workers=0)
+        return list(loader.batch_sampler)
+
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 9000, (300, 2)).tolist()
-    batches = like_batches(sizes, 64, 4)
-    assert sorted(index for batch in batches for index in batch) == [*range(300)]
-    for batch in batches:
+    found = batches(sizes, 64, 4)
+    assert sorted(index for batch in found for index in batch) == [*range(300)]
+    for batch in found:
         assert len({padded_size(*sizes[index], 64) for index in batch}) == 1
         pixels = sum(sizes[index][0] * sizes[index][1] for index in batch)
         assert len(batch) == 1 or (len(batch) <= 4 and pixels <= dataset.BATCH_PIXELS)
-    assert like_batches([(480, 640)] * 9, 64, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert like_batches([(4000, 6000)] * 5, 64, 4) == [[0, 1], [2, 3], [4]]  # 24 megapixels each
-    assert like_batches([(12_000, 9000)] * 2, 64, 4) == [[0], [1]]
-    assert like_batches([], 64, 4) == []
+    assert batches([(480, 640)] * 9, 64, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert batches([(4000, 6000)] * 5, 64, 4) == [[0, 1], [2, 3], [4]]  # 24 megapixels each
+    assert batches([(12_000, 9000)] * 2, 64, 4) == [[0], [1]]
+    assert batches([], 64, 4) == []
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -294,22 +296,22 @@ def test_exif_turns_only_what_was_annotated_turned(tmp_path):
     assert turned[1, 3, 0] > 200
     assert turned[6, 3, 0] < 50
     assert read_image(path).size == (6, 8)
-    with pytest.raises(DataError, match="6x8.*say 5x8"):
+    with pytest.raises(UserError, match="6x8.*say 5x8"):
         read_image(path, (5, 8))
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="no image at .*gone.jpg"):
+    with pytest.raises(UserError, match="no image at .*gone.jpg"):
         read_image(tmp_path / "gone.jpg")
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(DataError, match="cannot read the image .*text.jpg"):
+    with pytest.raises(UserError, match="cannot read the image .*text.jpg"):
         read_image(tmp_path / "text.jpg")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)).save(
         tmp_path / "cut.jpg"
     )
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="cut.jpg"):
+    with pytest.raises(UserError, match="cut.jpg"):
         read_image(tmp_path / "cut.jpg")
 
 
@@ -321,33 +323,33 @@ def test_labels_out_of_range_are_named_with_the_file(data, tmp_path):
     mask = np.array(Image.open(path))
     mask[2, 2] = 77
     Image.fromarray(mask).save(path)
-    with pytest.raises(DataError, match=rf"{path.name} holds the label 77"):
+    with pytest.raises(UserError, match=rf"{path.name} holds the label 77"):
         epoch_of(manifest, np.arange(8), workers=0)
-    with pytest.raises(DataError, match=rf"{path.name} holds the label 77"):
+    with pytest.raises(UserError, match=rf"{path.name} holds the label 77"):
         epoch_of(manifest, np.arange(8), workers=1)
     Image.fromarray(mask).convert("RGB").save(path)
-    with pytest.raises(DataError, match="mode RGB, not L"):
+    with pytest.raises(UserError, match="mode RGB, not L"):
         read_mask(path, 5)
     path.unlink()
-    with pytest.raises(DataError, match="no mask at"):
+    with pytest.raises(UserError, match="no mask at"):
         read_mask(path, 5)
 
 
 def test_damaged_manifests_are_refused(data, tmp_path):
     path = tmp_path / "manifest.json"
-    with pytest.raises(DataError, match=f"no manifest at {path}.*prepare_masks"):
+    with pytest.raises(UserError, match=f"no manifest at {path}.*prepare_masks"):
         load_manifest(tmp_path)
     content = json.loads((data / "manifest.json").read_text())
     for broken in ("", "[]", "{}", json.dumps({**content, "images": []})):
         path.write_text(broken)
-        with pytest.raises(DataError, match=str(path)):
+        with pytest.raises(UserError, match=str(path)):
             load_manifest(tmp_path)
     path.write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(DataError, match="version 99"):
+    with pytest.raises(UserError, match="version 99"):
         load_manifest(tmp_path)
     del content["images"][3]["pixels"]
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(UserError, match="pixels"):
         load_manifest(tmp_path)
 
 

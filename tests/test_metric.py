@@ -3,12 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix as sklearn_confusion
-from sklearn.metrics import jaccard_score
-from torchmetrics.classification import MulticlassJaccardIndex
 
-from evaluate import ConfusionMatrix, pick_rows
-from metrics import bootstrap, interval, p_value, scores
+from metrics import ConfusionMatrix, add_differences, bootstrap, interval, pick, report, scores
 
 CPU = torch.device("cpu")
 
@@ -30,23 +26,25 @@ def counted(pairs, classes=6):
 
 
 def test_equals_scikit_learn_and_torchmetrics():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    torchmetrics = pytest.importorskip("torchmetrics.classification")
     pairs = [random_pair(seed) for seed in range(4)]
     confusion = counted(pairs).sum(axis=0)
     truth = torch.stack([t for _, t in pairs]).numpy().ravel()
     prediction = torch.stack([p for p, _ in pairs]).numpy().ravel()
     valid = truth != 255
-    expected = sklearn_confusion(truth[valid], prediction[valid], labels=range(6))
+    expected = sklearn.confusion_matrix(truth[valid], prediction[valid], labels=range(6))
     np.testing.assert_array_equal(confusion, expected)
 
     result = scores(confusion)
     assert np.isnan(result["iou"][[2, 5]]).all()
     present = [0, 1, 3, 4]
-    referee = jaccard_score(truth[valid], prediction[valid], labels=present, average=None)
+    referee = sklearn.jaccard_score(truth[valid], prediction[valid], labels=present, average=None)
     np.testing.assert_allclose(result["iou"][present], referee)
     assert result["miou"] == pytest.approx(referee.mean())
     assert result["foreground_miou"] == pytest.approx(referee[1:].mean())
 
-    metric = MulticlassJaccardIndex(6, average="none", ignore_index=255)
+    metric = torchmetrics.MulticlassJaccardIndex(6, average="none", ignore_index=255)
     for p, t in pairs:
         metric.update(p[None], t[None].long())
     np.testing.assert_allclose(result["iou"][present], metric.compute().numpy()[present], rtol=1e-6)
@@ -77,21 +75,33 @@ def test_ignored_pixels_count_nowhere():
 def test_bootstrap_equals_a_plain_loop():
     rng = np.random.default_rng(1)
     matrices = rng.integers(0, 50, (7, 3, 3))
-    fast = bootstrap(matrices, resamples=20, seed=5)
-    draws = np.random.default_rng(5).integers(7, size=(20, 7))
-    for resample, images in enumerate(draws):
-        slow = scores(sum(matrices[image] for image in images))
+    fast = bootstrap(matrices, resamples=20)
+    draws = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=20)
+    for resample, times in enumerate(draws):
+        slow = scores(sum(count * matrix for count, matrix in zip(times, matrices)))
         np.testing.assert_allclose(fast["iou"][resample], slow["iou"])
         np.testing.assert_allclose(fast["miou"][resample], slow["miou"])
 
 
-def test_interval_and_p_value():
+def test_interval():
     assert interval(np.array([np.nan, np.nan])) == [None, None]
     low, high = interval(np.append(np.arange(1001) / 1000, np.nan))
     assert (low, high) == pytest.approx((0.025, 0.975))
-    assert p_value(np.full(999, 0.1)) == pytest.approx(2 / 1000)
-    assert p_value(np.zeros(999)) == 1
-    assert p_value(np.linspace(-1, 1, 999)) == pytest.approx(1, abs=0.01)
+
+
+def p_value(one, other, resamples):
+    entries = [
+        report("", ["background", "person"], m, resamples=0, images="") for m in (one, other)
+    ]
+    add_differences(entries, [one, other], resamples)
+    return entries[1]["difference"]["miou"]["p"]
+
+
+def test_p_value_of_equal_and_of_different_models():
+    matrices = np.random.default_rng(0).integers(1, 50, (30, 2, 2))
+    assert p_value(matrices, matrices, 999) == 1
+    worse = matrices + [[0, 90], [90, 0]]
+    assert p_value(matrices, worse, 999) == pytest.approx(2 / 1000)
 
 
 def test_pick_rows():
@@ -100,13 +110,13 @@ def test_pick_rows():
     matrices[1, 1] = [9, 1, 0]  # bad on class 1
     matrices[2, 2] = [0, 5, 5]  # half right on class 2
     matrices[3, 0] = [9, 0, 0]  # background only: no foreground IoU
-    rows, classes = np.array([10, 20, 30, 40]), ["background", "person", "car"]
-    assert pick_rows("worst", 1, rows, matrices, classes) == [20]
-    assert pick_rows("best", 1, rows, matrices, classes) == [10]
-    assert pick_rows("best", 9, rows, matrices, classes) == [10, 30, 20]
-    assert pick_rows("car", 9, rows, matrices, classes) == [30]
-    assert sorted(pick_rows("random", 9, rows, matrices, classes)) == [10, 20, 30]
-    assert len(pick_rows("random", 2, rows, matrices, classes)) == 2
+    classes = ["background", "person", "car"]
+    assert pick("worst", 1, matrices, classes).tolist() == [1]
+    assert pick("best", 1, matrices, classes).tolist() == [0]
+    assert pick("best", 9, matrices, classes).tolist() == [0, 2, 1]
+    assert pick("car", 9, matrices, classes).tolist() == [2]
+    assert sorted(pick("random", 9, matrices, classes)) == [0, 1, 2]
+    assert len(pick("random", 2, matrices, classes)) == 2
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
@@ -117,9 +127,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     truth = scores(population.sum(axis=0))
     held = {"iou": 0, "miou": 0, "foreground_miou": 0}
     trials = 600
-    for trial in range(trials):
+    for _ in range(trials):
         sample = population[rng.integers(len(population), size=150)]
-        samples = bootstrap(sample, resamples=400, seed=trial)
+        samples = bootstrap(sample, resamples=400)
         for key in held:
             low, high = interval(samples[key][..., 1] if key == "iou" else samples[key])
             held[key] += low <= (truth[key][1] if key == "iou" else truth[key]) <= high
@@ -130,9 +140,5 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 def test_p_values_of_equal_models_are_uniform():
     """Two models of the same quality differ at p < 0.05 in about one comparison of twenty."""
     rng = np.random.default_rng(1)
-    low = 0
-    for trial in range(400):
-        pair = rng.gamma(2, 50, (2, 100, 2, 2))
-        one, other = (bootstrap(m, 300, seed=trial)["miou"] for m in pair)
-        low += p_value(one - other) < 0.05
+    low = sum(p_value(*rng.gamma(2, 50, (2, 100, 2, 2)), 300) < 0.05 for _ in range(400))
     assert 0.025 <= low / 400 <= 0.085

@@ -10,12 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import evaluate
 from dataset import normalize
-from evaluate import ConfusionMatrix, native_prediction, predict_batches
+from evaluate import Predictor
 from losses import total_loss
-from models import build_model
-from train import Progress, build_optimizer, train_step
+from metrics import ConfusionMatrix
+from models import build_model, build_optimizer
+from train import Run
 
 CLASSES = ["background", "person", "car"]
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "item"}
@@ -45,15 +45,15 @@ class NoSync(TorchDispatchMode):
 def a_run(model, device, gamma=2.0):
     return SimpleNamespace(
         args=SimpleNamespace(epochs=2, lr=1e-3, seed=0, gamma=gamma, focal=gamma > 0),
-        steps=5,
+        batches=SimpleNamespace(steps=5),
         device=torch.device(device),
         dtype=None,
+        step=0,
         model=model,
-        forward=model,
+        ddp_model=model,
         weight=torch.ones(len(CLASSES), device=device),
         optimizer=build_optimizer(model, 1e-3),
         scaler=torch.amp.GradScaler(device, enabled=False),
-        progress=Progress(loss_sum=torch.zeros((), device=device)),
     )
 
 
@@ -64,10 +64,10 @@ def a_batch(device):
 
 
 def a_loader(images, masks):
-    """What `predict_batches` needs of a loader: one batch of two images of 32 x 32."""
+    """What `Predictor.predict` needs of a loader: one batch of two images of 32 x 32."""
 
     class Loader:
-        dataset = SimpleNamespace(manifest=SimpleNamespace(sizes=np.full((2, 2), 32)), size=32)
+        dataset = SimpleNamespace(manifest=SimpleNamespace(sizes=np.full((2, 2), 32)))
 
         def __iter__(self):
             yield images, masks, [0, 1]
@@ -92,10 +92,8 @@ def on_fake_cuda(model):
 
 def evaluation_step(model, device, images, masks):
     confusion = ConfusionMatrix(2, len(CLASSES), torch.device(device))
-    for row, prediction, mask in predict_batches(
-        model, a_loader(images, masks), images.device, None
-    ):
-        confusion.update(row, prediction, mask)
+    for row, labels, mask in Predictor(model, 32, images.device).predict(a_loader(images, masks)):
+        confusion.update(row, labels, mask)
     return confusion
 
 
@@ -105,9 +103,9 @@ def test_a_training_step_reads_nothing_back(name):
     run.model.train()
     images, masks = a_batch("cpu")
     with NoSync() as mode:
-        run.progress.loss_sum += train_step(run, [(images, masks)])
+        loss = Run.train_step(run, [(images, masks)])
     assert {"convolution_backward", "_fused_adamw_"} <= mode.operations
-    assert torch.isfinite(run.progress.loss_sum)
+    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("name", ["unet", "deeplab"])
@@ -123,10 +121,9 @@ def test_an_evaluation_step_reads_nothing_back(name):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_labels_of_large_images_read_nothing_back(monkeypatch, device):
-    monkeypatch.setattr(evaluate, "WHOLE_LOGITS", 0)
+def test_labels_read_nothing_back(device):
     with FakeTensorMode() if device == "cuda" else nullcontext(), NoSync() as mode:
-        labels = native_prediction(torch.zeros(3, 32, 32, device=device), 64, 64, 32)
+        labels = Predictor(None, 32, None).labels(torch.zeros(3, 32, 32, device=device), 64, 64)
         assert labels.device.type == device
     assert "maximum" in mode.operations
 
@@ -149,7 +146,7 @@ def test_everything_is_made_on_the_device_of_the_images(name):
         model = on_fake_cuda(model).train()
         images, masks = a_batch("cuda")
         for weight in (None, torch.ones(len(CLASSES), device="cuda")):
-            loss = total_loss(model(normalize(images)), masks, weight, gamma=2.0)
+            loss = total_loss(model(normalize(images)), masks, weight, 2.0)
             assert loss.device.type == "cuda"
         confusion = evaluation_step(model.eval(), "cuda", images, masks)
         assert confusion.bins.device.type == "cuda"
@@ -159,6 +156,6 @@ def test_everything_is_made_on_the_device_of_the_images(name):
 def test_the_fake_mode_sees_a_tensor_on_the_wrong_device():
     with FakeTensorMode():
         logits = torch.zeros(2, 4, 4, device="cuda")
-        assert native_prediction(logits, 8, 8, 4).device.type == "cuda"
+        assert Predictor(None, 4, None).labels(logits, 8, 8).device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"):
             logits + torch.zeros(2, 4, 4)

@@ -20,18 +20,19 @@ from conftest import (
     SCRIPTS,
     annotation,
     command,
+    given,
     needs_real_images,
     polygon,
+    settings,
+    st,
     write_coco,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
 import prepare_masks
 from coco import Task, Unusable, category_labels, encode
-from prepare_masks import Settings, encode_layers, paint, png
+from prepare_masks import encode_layers, paint, png
 
 CLASSES = ["person", "car", "bus", "dog"]
 
@@ -119,9 +120,9 @@ def test_equals_the_oracle_on_generated_scenes(scene, priority, crowd):
     height, width, annotations = scene
     labels = {name: label for label, name in enumerate(CLASSES, start=1)}
     rows = [(i, labels[name], c, s) for i, (name, s, c) in enumerate(annotations)]
-    task = Task(0, 1, "val2017", None, "", "", height, width, rows)
+    task = Task(1, "val2017", None, "", "", height, width, rows)
     order = [labels[name] for name in reversed(priority)]
-    layers, counts = encode_layers(task, Settings(None, [(0, 0, 0)] * 5, order, crowd))
+    layers, counts = encode_layers(task, 5, crowd)
     mask = paint(layers, order, height, width)
     assert counts["skipped"] == {}
     expected = oracle(annotations, height, width, labels, priority, crowd)
@@ -276,7 +277,6 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
     path = write_coco(tmp_path, [("a.jpg", 20, 30, [good, *bad]), ("b.jpg", 20, 30, [good])])
     content = json.loads(path.read_text())
     content["annotations"] += [
-        {**content["annotations"][0], "id": 1000},
         {**content["annotations"][0], "id": 2000, "image_id": 77},
         {**content["annotations"][0], "id": 2001, "category_id": 99},
         {**content["annotations"][0], "id": 2002, "iscrowd": "yes"},
@@ -308,7 +308,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
     assert reasons[("1", 2002)] == "iscrowd is neither 0 nor 1"
     assert reasons[("50", None)] == "another image has the same mask name"
     assert reasons[("56", None)] == "image file has another size than the annotations say"
-    assert len(skipped) == 2 + 5 + 10
+    assert len(skipped) == 2 + 4 + 10
     err = capsys.readouterr().err
     assert "skipped 2: file_name is not a file name" in err
     assert not list(tmp_path.rglob("../*.png"))
@@ -398,32 +398,30 @@ def test_no_mutant_of_real_annotations_breaks_it(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-@pytest.mark.parametrize("always", [True, False])
-def test_a_dying_worker_costs_at_most_the_image_it_held(tmp_path, monkeypatch, always):
+def test_a_worker_that_dies_is_one_sentence_that_says_how_to_find_the_image(
+    tmp_path, monkeypatch, refused
+):
     images = [(f"{i:03}.jpg", 9, 9, [annotation("person", polygon(1, 1, 4, 4))]) for i in range(99)]
     write_coco(tmp_path, images)
-    original, marker = prepare_masks.prepare_image, tmp_path / "died"
+    original = prepare_masks.check_image_file
 
-    def deadly(task, settings):
-        if task.image_id == 50 and (always or not marker.exists()):
-            marker.touch()
+    def deadly(task):
+        if task.id == 50:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(task, settings)
+        return original(task)
 
-    monkeypatch.setattr(prepare_masks, "prepare_image", deadly)  # forked workers inherit it
-    rows = prepare(tmp_path, tmp_path / "data", "--workers", "2")
-    assert marker.exists()
-    assert len(rows) == 99 - always
-    assert ("049.png" in rows) != always
-    skipped = json.loads((tmp_path / "data" / "manifest.json").read_text())["skipped"]
-    reasons = [(entry["image_id"], entry["reason"]) for entry in skipped]
-    assert reasons == [(50, "a worker process died on it")] * always
+    monkeypatch.setattr(prepare_masks, "check_image_file", deadly)  # forked workers inherit it
+    out = tmp_path / "data"
+    sentence = refused("prepare_masks", "--coco-root", tmp_path, "--out", out, "--workers", 2)
+    assert "a worker died" in sentence
+    assert "the image after the last one in masks_raw" in sentence
+    assert not (out / "manifest.json").exists()
 
 
 def test_category_ids_are_found_by_name():
     assert CATEGORIES["dog"] == 18
-    content = {"categories": [{"id": 5, "name": "x"}, {"id": 9, "name": "y"}]}
-    labels = category_labels(content, ["background", "y"], None)
+    categories = [{"id": 5, "name": "x"}, {"id": 9, "name": "y"}]
+    labels = category_labels(categories, ["background", "y"], None)
     assert labels == {5: None, 9: 1}
 
 
@@ -436,8 +434,9 @@ def many_images(root, count):
 
 
 def assert_nothing_half_written(out):
-    """There is no manifest, and each mask that there is is whole."""
+    """There is no manifest, no temporary file, and each mask that there is is whole."""
     assert not list(out.glob("manifest.json*"))
+    assert not list(out.rglob("*.tmp"))
     for path in out.glob("masks_*/*"):
         assert path.read_bytes().endswith(b"IEND\xae\x42\x60\x82")
 
@@ -469,7 +468,7 @@ def test_an_output_that_cannot_be_a_folder(tmp_path, refused):
     (tmp_path / "data" / "masks_raw").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "data"):
         sentence = refused("prepare_masks", "--coco-root", tmp_path, "--out", out)
-        assert f"cannot write to {out}" in sentence
+        assert f"cannot use {out}" in sentence
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
