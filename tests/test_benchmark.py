@@ -1,10 +1,15 @@
 """Every stage of the benchmark runs, and both ways of it do the same work."""
 
+import os
+from argparse import Namespace
+
 import benchmark
 import numpy as np
 import pytest
 from conftest import annotation, command, polygon, write_coco
 from PIL import Image
+
+from common import UserError
 
 
 def test_both_ways_make_the_same_masks(tmp_path):
@@ -12,47 +17,62 @@ def test_both_ways_make_the_same_masks(tmp_path):
     people = [annotation("person", polygon(1, 1, 9, 9)), annotation("dog", polygon(12, 3, 5, 5))]
     root = tmp_path / "coco"
     write_coco(root, [("a.jpg", 20, 30, people), ("b.jpg", 24, 16, people[:1])])
-    repeated = tmp_path / "repeated"
-    benchmark.repeat_images(root, "val2017", 5, repeated)
-    for name in ("ours", "theirs"):
-        (tmp_path / name).mkdir()
-    benchmark.our_masks(1, repeated, "val2017", tmp_path / "ours")
-    benchmark.straightforward_masks(repeated, "val2017", tmp_path / "theirs")
-    for folder in ("masks_raw", "masks_colored"):
-        ours = sorted((tmp_path / "ours" / folder).iterdir())
-        theirs = sorted((tmp_path / "theirs" / folder).iterdir())
-        assert [path.name for path in ours] == [path.name for path in theirs]
-        assert len(ours) == 5
-        for one, other in zip(ours, theirs):
-            np.testing.assert_array_equal(np.array(Image.open(one)), np.array(Image.open(other)))
+    work = tmp_path / "work"
+    benchmark.repeat_images(root, "val2017", 5, work / "5")
+    assert sum(not path.is_symlink() for path in (work / "5" / "repeated").iterdir()) == 2
+    for way in ("prepare_masks.py --workers 1", "baseline"):
+        assert list(benchmark.masks(way, 5, Namespace(work=work))) == [5]
+    (ours,) = work.glob("*/masks_raw")
+    (theirs,) = {path.parent for path in work.glob("*/raw_*.png")}
+    assert len(list(ours.iterdir())) == 5
+    assert len(list(theirs.iterdir())) == 10
+    for number in range(5):
+        for kind in ("raw", "colored"):
+            one = Image.open(ours.with_name(f"masks_{kind}") / f"repeated_{number}.png")
+            other = Image.open(theirs / f"{kind}_{number}.png")
+            np.testing.assert_array_equal(np.array(one), np.array(other))
+            assert np.array(one).any()
 
 
-@pytest.mark.parametrize("stage", ["masks", "train", "metric", "bootstrap"])
-def test_every_stage_prints_rates(coco, data, stage):
+@pytest.mark.parametrize("stage", ["masks", "train", "metric"])
+def test_every_stage_prints_rates_and_ratios(coco, data, stage):
     flags = {
         "masks": ["--coco-root", coco, "--images", 12, "--workers", 1, 2],
         "train": ["--data", data, "--width", 4, "--size", 32, "--workers", 1, "--amp", "bf16"],
         "metric": ["--classes", 3],
-        "bootstrap": ["--classes", 3],
     }
     result = command("tools/benchmark.py", stage, "--repeats", 1, *flags[stage])
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    ours = [line for line in lines if line[0] in ("prepare_masks", "train.py", "evaluate.py")]
-    ours += [line for line in lines if line[0] == "report.py"]
+    ours = [line for line in lines if line[0].endswith(".py")]
     assert len(ours) == (2 if stage == "masks" else 1)
-    (baseline,) = [line for line in lines if line[0] == "straightforward"]
-    if stage != "masks":
-        assert float(ours[0][-2]) / float(baseline[-2]) == pytest.approx(
-            float(ours[0][-1]), abs=0.06, rel=0.1
-        )
+    (baseline,) = [line for line in lines if line[0] == "baseline"]
+    for line in ours:
+        _, rate, milliseconds, ratio = map(float, line[-6:-2] if stage == "masks" else line[-4:])
+        assert rate * milliseconds == pytest.approx(1000, rel=0.2)
+        assert rate / float(baseline[2]) == pytest.approx(ratio, abs=0.01, rel=0.1)
+    if stage == "masks":
+        assert [line[:2] for line in lines][-1] == ["json.load", "alone"]
+        assert max(float(line[-2]) for line in [baseline, *ours]) < 150, "torch takes 300 MB"
+        assert float(ours[1][-1]) > 10, "memory of the workers"
 
 
 def test_refusals(tmp_path, refused):
-    assert "--coco-root" in refused("benchmark", "masks")
+    assert "neither coco/val2017 nor" in refused("benchmark", "masks")
     assert "--repeats" in refused("benchmark", "metric", "--repeats", 0)
     flags = ["--coco-root", tmp_path, "--split", "x"]
     assert "no images of x" in refused("benchmark", "masks", *flags)
     (tmp_path / "x").mkdir()
     assert "check --coco-root" in refused("benchmark", "masks", *flags)
     assert f"no manifest at {tmp_path}" in refused("benchmark", "train", "--data", tmp_path)
+
+
+def test_what_train_refuses():
+    result = command("tools/benchmark.py", "train", "--model", "x")
+    assert result.returncode == 2
+    assert "benchmark.py: error: argument --model" in result.stderr.splitlines()[-1]
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(UserError, match="killed or out of memory"):
+        benchmark.alone(os._exit, 1)
