@@ -249,21 +249,6 @@ def test_what_has_no_scale_is_refused(tmp_path):
         read_image(tmp_path / "float.tif")
 
 
-def test_a_header_that_misleads(lively, tmp_path):
-    """EXIF behind the pixels of a PNG: its size is known only once they are decoded."""
-    for number in range(3):
-        Image.fromarray(upright()).resize((40, 80)).save(tmp_path / f"{number}.png")
-    save_turned(tmp_path / "turned.png", 6)
-    content = (tmp_path / "turned.png").read_bytes()
-    chunk = re.search(rb"....eXIf.*?(?=....IDAT)", content, re.DOTALL)[0]
-    late = content.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
-    (tmp_path / "turned.png").write_bytes(late)
-    masks, code = run(lively, tmp_path / "out", tmp_path)
-    assert code == 0
-    assert masks["turned"].shape == (24, 40)
-    assert masks["2"].shape == (80, 40)
-
-
 # --- what is skipped -----------------------------------------------------------------------------
 
 
