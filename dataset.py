@@ -47,8 +47,9 @@ def split_indices(manifest: Manifest, seed: int, val_split: str | None) -> tuple
     """
     validates = manifest.splits == val_split if val_split else _stratified(manifest, seed)
     if not validates.any() or validates.all():
+        source = f"--val-split {val_split}" if val_split else manifest.data
         empty, known = "train" if validates.any() else "validate", sorted(set(manifest.splits))
-        raise UserError(f"{manifest.data}: no image to {empty} on; its splits: {', '.join(known)}")
+        raise UserError(f"{source} leaves no image to {empty} on; splits: {', '.join(known)}")
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 

@@ -35,7 +35,6 @@ from evaluate import Predictor, evaluate, predict_examples
 from losses import class_weights, pixel_weights, total_loss
 
 WARMUP = 0.03  # share of all steps
-POWER = 0.9
 LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
 # What a resumed run may change, as it changes no result; of the first two the product is checked.
@@ -53,7 +52,7 @@ def learning_rate(step: int, total: int, base: float) -> float:
     warmup = max(1, round(WARMUP * total))
     if step < warmup:
         return base * (step + 1) / warmup
-    return base * (1 - (step - warmup) / max(1, total - warmup)) ** POWER
+    return base * (1 - (step - warmup) / max(1, total - warmup)) ** 0.9
 
 
 class Run:
@@ -369,7 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", choices=list(models.MODELS), help="network (required)")
     add("--width", type=int, default=64, help="first channels of the U-Net")
     starts = sorted({start for model in models.MODELS.values() for start in model.STARTS})
-    add("--weights", choices=starts, help="start (default: coco for deeplab, none for unet)")
+    add("--weights", choices=starts, help="start (default: coco where a network has it)")
     add = parser.add_argument_group("loss").add_argument
     add("--focal", action="store_true", help="focal loss")
     add("--gamma", type=float, default=2.0, help="exponent of the focal loss")

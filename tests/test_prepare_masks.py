@@ -425,6 +425,11 @@ def test_category_ids_are_found_by_name():
     assert labels == {5: None, 9: 1}
 
 
+def test_needs_no_torch():
+    code = "import prepare_masks, images, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS).returncode == 0
+
+
 # --- faults injected into real processes ---------------------------------------------------------
 
 

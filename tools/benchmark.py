@@ -70,15 +70,15 @@ def repeat_images(coco_root: Path, split: str, count: int, root: Path) -> None:
     (root / "annotations" / "instances_repeated.json").write_text(json.dumps(content))
 
 
-def masks(way: str, count: int, args: argparse.Namespace) -> Iterator[int]:
+def masks(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
     """Masks in labels and in colours. Baseline: each instance decoded and painted by itself."""
     root, out = Path(args.work, str(count)), Path(tempfile.mkdtemp(dir=args.work))
     yield count
-    if way == "json.load alone":
+    if method == "json.load alone":
         read_annotations(root / "annotations" / "instances_repeated.json")
-    elif way != "baseline":
+    elif method != "baseline":
         line = ["--coco-root", str(root), "--split", "repeated", "--out", str(out)]
-        prepare_masks.main([*line, *way.split()[1:]])
+        prepare_masks.main([*line, *method.split()[1:]])
     else:
         coco = COCO(root / "annotations" / "instances_repeated.json")
         labels = {coco.getCatIds([name])[0]: i for i, name in enumerate(prepare_masks.CLASSES, 1)}
@@ -95,7 +95,7 @@ def masks(way: str, count: int, args: argparse.Namespace) -> Iterator[int]:
             Image.fromarray(colored).save(out / f"colored_{image['id']}.png")
 
 
-def train(way: str, size: int, args: argparse.Namespace) -> Iterator[int]:
+def train(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     """An epoch with loading. Baseline: float32 from the loader, channels first, each loss read."""
     import torch
     from torchvision.transforms import v2
@@ -105,11 +105,11 @@ def train(way: str, size: int, args: argparse.Namespace) -> Iterator[int]:
 
     line = f"--model {args.model} --width {args.width} --size {size} --workers {args.workers[-1]}"
     line += f" --batch-size {args.batch_size} --weights none --save-every inf"
-    line = ["--data", args.data, *line.split(), *way.split()[1:]]
+    line = ["--data", args.data, *line.split(), *method.split()[1:]]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(parse_args(line)[0], device, weights="none")
     yield run.batches.steps * run.batches.images_per_step
-    if way != "baseline":
+    if method != "baseline":
         run.train_one_epoch()
         return
     to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -125,7 +125,7 @@ def train(way: str, size: int, args: argparse.Namespace) -> Iterator[int]:
         loss.item()
 
 
-def metric(way: str, classes: int, _: argparse.Namespace) -> Iterator[int]:
+def metric(method: str, classes: int, _: argparse.Namespace) -> Iterator[int]:
     """From logits to the confusion matrix, on a CPU. Baseline: as torchvision's own scripts."""
     import torch
 
@@ -139,7 +139,7 @@ def metric(way: str, classes: int, _: argparse.Namespace) -> Iterator[int]:
     baseline = torch.zeros(classes, classes, dtype=torch.int64)
     yield 50
     for image in range(50):
-        if way != "baseline":
+        if method != "baseline":
             ours.update(image, predictor.labels(logits, 480, 640), mask)
             continue
         native = torch.nn.functional.interpolate(logits[None], (480, 640), mode="bilinear")
@@ -185,16 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     heads += ["parent MB", "worker MB"] if stage is masks else []
     with tempfile.TemporaryDirectory() as args.work:
         for value in getattr(args, flag):
-            ways = ["baseline", *ours]
+            methods = ["baseline", *ours]
             if stage is masks:
                 alone(repeat_images, args.coco_root, args.split, value, Path(args.work, str(value)))
-                ways.append("json.load alone")
-            runs = [[alone(measure, stage, w, value, args) for w in ways] for _ in repeats]
+                methods.append("json.load alone")
+            runs = [[alone(measure, stage, m, value, args) for m in methods] for _ in repeats]
             rate, seconds, parent, worker = np.median(runs, axis=0).T
             columns = [seconds, rate, 1000 / rate, rate / rate[0], parent, worker]
             print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in heads))
-            for way, *figures in zip(ways, *columns[: len(heads)]):
-                print(way.ljust(28), *(f"{figure:>11.2f}" for figure in figures), flush=True)
+            for method, *figures in zip(methods, *columns[: len(heads)]):
+                print(method.ljust(28), *(f"{figure:>11.2f}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":
