@@ -406,6 +406,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
             args.lr = 1e-3 if args.weights == "none" else 1e-4
         args.out = args.out or default_out(args)
         check_args(parser, args)
+        if Path(args.out, "last.pt").exists():
+            raise UserError(f"{args.out} holds a run already: --resume it, or take another --out")
         return args, None
     path = Path(args.resume or Path(args.out or default_out(args), "last.pt"))
     state = models.load_checkpoint(path)
