@@ -462,10 +462,6 @@ def main(argv: list[str] | None = None) -> None:
         if run.epoch >= args.epochs:
             raise UserError(f"{args.out} is done: {args.epochs} epochs; raise --epochs to go on")
         if rank() == 0:
-            if state is None and (run.out / "last.pt").exists():
-                raise UserError(
-                    f"{run.out} holds a run already: --resume it, or take another --out"
-                )
             run.out.mkdir(parents=True, exist_ok=True)
             write_text(run.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
         if rank() == 0 and args.wandb != "disabled":
