@@ -409,6 +409,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         if Path(args.out, "last.pt").exists():
             raise UserError(f"{args.out} holds a run already: --resume it, or take another --out")
         return args, None
+    if not (args.resume or args.out or args.model):
+        parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
     path = Path(args.resume or Path(args.out or default_out(args), "last.pt"))
     state = models.load_checkpoint(path)
     if "history" not in state["progress"]:

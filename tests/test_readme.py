@@ -23,6 +23,12 @@ def parses(script, arguments):
         module.build_parser().parse_args(arguments)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Not where runs/ may hold what a user has trained."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)
 def test_command_parses(script, arguments):
     parses(script, shlex.split(arguments))

@@ -514,6 +514,7 @@ def test_bad_combinations_are_refused_before_any_data_is_read(refused):
         return refused("train", "--data", "/nowhere", *flags)
 
     assert "--model" in sentence()
+    assert "of which run?" in sentence("--resume")
     assert "2 or more" in sentence("--model", "deeplab", "--batch-size", 1)
     assert "--width" in sentence("--model", "deeplab", "--width", 32)
     assert "--gamma" in sentence("--model", "unet", "--gamma", 1)
