@@ -221,6 +221,26 @@ def test_layout_with_an_images_folder_and_nested_file_names(tmp_path):
     assert rows["a.png"]["pixels"][1] == 81
 
 
+@pytest.mark.parametrize("size", [(20, 30), (30, 20), (25, 25)])
+def test_exif_is_looked_at_only_where_the_size_differs(tmp_path, monkeypatch, size):
+    path = write_coco(tmp_path, [("a.jpg", 30, 20, []), ("b.jpg", *size, [])])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.new("RGB", (30, 20)).save(tmp_path / "val2017" / "a.jpg", exif=exif)
+    asked, getexif = [], Image.Image.getexif
+
+    def noted(image):
+        asked.append(Path(image.filename).name)
+        return getexif(image)
+
+    monkeypatch.setattr(Image.Image, "getexif", noted)
+    assert sorted(prepare(tmp_path, tmp_path / "data")) == ["a.png", "b.png"]
+    assert set(asked) == {"a.jpg"}
+    wrong = path.read_text().replace('"height": 30, "width": 20', '"height": 30, "width": 21', 1)
+    path.write_text(wrong)
+    assert "a.png" not in prepare(tmp_path, tmp_path / "data2")
+
+
 # --- hard to break -------------------------------------------------------------------------------
 
 HALF = {"size": [4, 4], "counts": [8, 8]}
