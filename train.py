@@ -37,7 +37,7 @@ from losses import class_weights, pixel_weights, total_loss
 WARMUP = 0.03  # share of all steps
 LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
-# What a resumed run may change, as it changes no result; of the first two the product is checked.
+# What a resumed run may change; of the first two the product is checked, the images of a step.
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
 FREE_ARGUMENTS |= {"save_every", "wandb", "out", "resume"}
 WANDB_LIMITS = {"init_timeout": 60, "finish_timeout": 180, "finish_timeout_raises": True}

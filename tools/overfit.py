@@ -89,7 +89,7 @@ def main() -> None:
     for model in args.models:
         for loss in args.losses:
             flags = f"--model {model} --weights none --wandb disabled {LOSSES[loss]} --data".split()
-            flags += [str(args.data), "--oversample", "8", "--rare", *classes]  # 128 per epoch
+            flags += [str(args.data), "--workers", "0", "--oversample", "8", "--rare", *classes]
             for name, value in SETTINGS[model].items():
                 flags += [f"--{name}", str(value)]
             out = args.out / f"{model}-{loss}"
