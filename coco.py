@@ -20,7 +20,7 @@ from pycocotools import mask as rle
 
 from common import UserError
 
-# pycocotools walks a polygon's outline at five points a pixel, in 32-bit integers: 1e8 crashes it.
+# pycocotools walks an outline at five points per pixel, in 32-bit integers: 1e8 crashes it.
 MAX_COORDINATE = 1e6
 MAX_OUTLINE = 2e6
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
@@ -91,8 +91,9 @@ def _checked_counts(counts: object) -> list[int]:
 
 
 def _decompressed(text: str) -> list[int]:
-    """Run lengths of a compressed RLE string: 5 bits a character, low bits first, bit 5 for "more",
-    sign in bit 4 of the last, from the fourth number on the difference to the last but one."""
+    """Run lengths of a compressed RLE string: 5 bits per character, low bits first; bit 5 says that
+    more follow, bit 4 of the last is the sign; from the fourth number on, differences to the last
+    but one."""
     counts, value, shift = [], 0, 0
     for character in text:
         bits = ord(character) - 48

@@ -111,10 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="checkpoints; one table for all")
     add("--data", help="data directory, if not the one that the checkpoint was trained on")
     images = ["validation", "training", "all"]
-    add("--images", choices=images, default=images[0], help="validation images, or all others")
-    add(
-        "--other-data", action="store_true", help="take --data whose masks are not those trained on"
-    )
+    add("--images", choices=images, default=images[0], help="those that validated, trained, or all")
+    add("--other-data", action="store_true", help="accept other masks than those trained on")
     add("--json", type=Path, metavar="FILE", help="write the report here too")
     add("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")

@@ -74,9 +74,8 @@ def png(pixels: np.ndarray) -> bytes:
     filtered[:, 1:] = rows
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
+        length, checksum = len(data), zlib.crc32(name + data)
+        return struct.pack(">I", length) + name + data + struct.pack(">I", checksum)
 
     color_type = 2 if pixels.ndim == 3 else 0
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0))
@@ -162,8 +161,8 @@ def prepare_images(prepare: Callable, tasks: list[Task], pool, skipped: Skipped)
             else:
                 rows.append(row)
     except BrokenProcessPool:
-        where = "with --workers 1 the image after the last one in masks_raw"
-        raise UserError(f"a worker died, killed or out of memory: find the cause {where}") from None
+        remedy = "try fewer --workers; with 1, the image after the newest in masks_raw is the cause"
+        raise UserError(f"a worker died, killed or out of memory: {remedy}") from None
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)

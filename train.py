@@ -237,7 +237,7 @@ class Run:
         """Write a checkpoint (tensors and plain types, all that --resume needs), metrics.jsonl."""
         if self.batch:
             self.mean_loss()  # never replace a good checkpoint by one whose loss is not finite
-        progress = {name: getattr(self, name) for name in PROGRESS}
+        progress = {key: getattr(self, key) for key in PROGRESS}
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -466,6 +466,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0:
             run.out.mkdir(parents=True, exist_ok=True)
             write_text(run.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+            if state is None:  # of a run whose checkpoints were deleted
+                (run.out / "metrics.jsonl").unlink(missing_ok=True)
         if rank() == 0 and args.wandb != "disabled":
             computed = {"rare_classes": run.rare, "class_weights": run.named_weights}
             run.wandb = run.try_wandb(start_wandb, args, run.wandb_id, computed)

@@ -58,7 +58,7 @@ def write_coco(root, images, split="val2017", folder=None, first_id=1):
             {"id": number, "file_name": name, "height": height, "width": width}
         )
         pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
-        for item in annotations:  # something to learn: a colour a class
+        for item in annotations:  # something to learn: a colour per class
             segmentation = item["segmentation"]
             if (
                 isinstance(segmentation, list)

@@ -434,7 +434,7 @@ def test_a_worker_that_dies_is_one_sentence_that_says_how_to_find_the_image(
     out = tmp_path / "data"
     sentence = refused("prepare_masks", "--coco-root", tmp_path, "--out", out, "--workers", 2)
     assert "a worker died" in sentence
-    assert "the image after the last one in masks_raw" in sentence
+    assert "with 1, the image after the newest in masks_raw is the cause" in sentence
     assert not (out / "manifest.json").exists()
 
 

@@ -59,7 +59,7 @@ def test_every_model_with_every_loss(data, tmp_path, model, loss):
 
 
 def test_the_loss_falls_and_the_metric_rises(data, tmp_path):
-    """On a colour a class, a U-Net of width 8 gets somewhere in a minute."""
+    """On a colour per class, a U-Net of width 8 gets somewhere in a minute."""
     out = tmp_path / "run"
     flags = "--model unet --epochs 12 --oversample 3 --lr 1e-2".split()
     train.main(["--data", str(data), "--out", str(out), *TINY, "--width", "8", *flags])
@@ -255,6 +255,15 @@ def test_metrics_are_those_of_the_checkpoint_after_a_resume(data, tmp_path):
     train.main(["--resume", str(out / "last.pt"), "--epochs", "2"])
     assert [line["epoch"] for line in lines_of(out)] == [1, 2]
     assert lines_of(out)[0] == first
+
+
+def test_a_fresh_run_keeps_no_metrics_of_an_older_one(data, tmp_path, refused):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    flags = ["--data", data, *TINY, "--model", "unet", "--lr", 1e30, "--epochs", 1, "--out", out]
+    assert "the loss became" in refused("train", *flags)
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_a_resumed_run_keeps_its_best_epoch(data, tmp_path):
