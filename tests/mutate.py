@@ -2,7 +2,7 @@
 
     python tests/mutate.py ROOT SPLIT WORK FIRST LAST
 
-Takes a few images of a real root, mutates their annotation file once per seed and prepares masks from
+Takes a few images of a real root, mutates their annotation file once per seed and prepares masks of
 it. Each seed must end in complete masks that agree with their manifest, or in a refusal without a
 manifest; anything else, a crash of the interpreter included, ends this process with a failure.
 """
