@@ -1,93 +1,182 @@
-"""COCO annotation files, read without trusting them, and their segmentations as run lengths.
+"""COCO annotation files of any tool, read without trusting them, and their segmentations.
 
-    tasks = index_split(root, "val2017", classes, set(), Skipped(strict=False))
-    encoded = encode(segmentation, height, width)
+    index = read_index(source)  # what a preparation needs to know of each image and annotation
+    tasks = split_tasks(index, root, classes, skipped, seen)
+    encoded, dropped = encode(segmentation, height, width)
 
-Whatever a file states is checked before pycocotools, which is C, gets to see it. What cannot be
-used is skipped, counted by reason and listed.
+A file is walked once, value by value, and never held in memory: of an annotation only its ids and
+its place in the file are kept. Whatever a file states is checked before pycocotools, which is C,
+gets to see it. What cannot be used is skipped and counted by reason.
 """
 
 import difflib
+import filecmp
+import hashlib
 import json
 import os
-from collections import Counter
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+import re
+import sys
+import unicodedata
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle
 
-from common import UserError
+from common import BACKGROUND, UserError
 
 # pycocotools walks an outline at five points per pixel, in 32-bit integers: 1e8 crashes it.
 MAX_COORDINATE = 1e6
 MAX_OUTLINE = 2e6
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+WINDOW = 2**24  # bytes of an annotation file in memory at once, where no single value is longer
+EXAMPLES = 10  # per reason, in the manifest
+OUTSIDE = "polygon outside the image: annotated on a picture of another size?"
+TOO_SHORT = "polygon has fewer than 6 numbers"
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Source(NamedTuple):
+    """A split: its annotation file, or folder of masks, and where its images may lie."""
+
+    split: str
+    path: Path
+    folders: list[Path]
+
+
+class Index(NamedTuple):
+    """An annotation file. `images`: (id, file name, height, width), with 0 for an unknown size.
+    Of each annotation: the ids of its image and its category; `places`: two bytes offsets each."""
+
+    source: Source
+    names: dict[int | str, str]
+    images: list[tuple]
+    image_ids: list
+    category_ids: list
+    places: array
 
 
 class Task(NamedTuple):
-    """What a worker needs for one image. `annotations`: (id, label, iscrowd, segmentation)."""
+    """What a worker needs for one image. `file` is relative to the root, a size of 0 unknown.
+    `annotations`: (label, start, end) of their text in `source`; None where that is a mask."""
 
-    id: int
+    id: int | str
     split: str
-    path: Path
     file: str
     mask: str
     height: int
     width: int
-    annotations: list[tuple]
+    source: Path
+    annotations: list[tuple] | None
 
 
 class Unusable(ValueError):
     """An annotation or an image that cannot be used; the text is the reason."""
 
 
-def encode(segmentation: object, height: int, width: int) -> dict:
-    """Compressed RLE, as pycocotools has it, of a COCO segmentation: polygons or any RLE. Raises
-    Unusable for all that would crash pycocotools, make it guess, or read memory not its own."""
-    if isinstance(segmentation, list):
-        polygons = [_checked_polygon(polygon) for polygon in segmentation]
-        if not polygons:
-            raise Unusable("segmentation is empty")
-        return rle.merge(rle.frPyObjects(polygons, height, width))
-    if not isinstance(segmentation, dict):
-        raise Unusable("segmentation is neither polygons nor RLE")
-    if segmentation.get("size") != [height, width]:
-        raise Unusable("RLE size is not the image's")
-    counts = segmentation.get("counts")
-    counts = _decompressed(counts) if isinstance(counts, str) else _checked_counts(counts)
-    if sum(counts) != height * width:
-        raise Unusable("RLE counts do not sum to the image's pixels")
-    return rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+class Empty(Unusable):
+    """An annotation that can be read, but covers no pixel."""
+
+
+def whole(value: object) -> int | None:
+    """The whole number that a value stands for, as 640, 640.0 and "640" do, or None."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = int(value) if value.lstrip("-").isdecimal() else float(value)
+    return int(value) if isinstance(value, int | float) and value % 1 == 0 else None
+
+
+def identifier(value: object) -> int | str | None:
+    """An id, however it is written: 7, 7.0 and "7" are the same one. None if it is none."""
+    number = whole(value)
+    if number is None and isinstance(value, str):
+        return value[:99] or None
+    return number
+
+
+# --- segmentations -------------------------------------------------------------------------------
+
+
+def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[str]]:
+    """Compressed RLE, as pycocotools has it, of a segmentation, and why rings of it were dropped.
+
+    Polygons or RLE, as COCO writes them; or a single polygon, pairs, numbers as text, several RLEs.
+    Raises Unusable for all that would crash pycocotools, make it guess, or read memory not its own.
+    """
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    if segmentation is None or not parts:
+        raise Unusable("annotation has no segmentation")
+    pairs = len(parts) > 2 and all(isinstance(part, list) and len(part) == 2 for part in parts)
+    if pairs or not any(isinstance(part, list | dict) for part in parts):
+        parts = [parts]
+    encoded, dropped, outside = [], [], False
+    for part in parts:
+        try:
+            if isinstance(part, dict):
+                encoded.append(_checked_rle(part, height, width))
+                continue
+            points = _checked_polygon(part)
+            encoded += rle.frPyObjects([points.ravel()], height, width)
+            outside |= (points.max(axis=0) <= 0).any() or (
+                points.min(axis=0) >= (width, height)
+            ).any()
+        except Unusable as reason:
+            dropped.append(str(reason))
+    if not encoded:
+        raise Unusable(dropped[0])
+    merged = rle.merge(encoded)
+    if not rle.area(merged):
+        raise Empty(OUTSIDE if outside else "segmentation covers no pixel")
+    return merged, dropped
+
+
+def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
+    """RLE of a bbox [x, y, width, height]; None if it is none, or covers no pixel."""
+    try:
+        x, y, w, h = map(float, bbox)
+        return encode([[x, y, x + w, y, x + w, y + h, x, y + h]], height, width)[0]
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _checked_polygon(polygon: object) -> np.ndarray:
-    if not isinstance(polygon, list):
-        raise Unusable("polygon is not a list")
-    if len(polygon) < 6 or len(polygon) % 2:
-        raise Unusable("polygon has fewer than 6 or an odd count of numbers")
-    # A bool is an int and "1" converts to 1.0, so the types are looked at before the values.
-    if not {int, float}.issuperset(map(type, polygon)):
-        raise Unusable("polygon holds something other than numbers")
     try:
-        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-    except OverflowError:  # an int with more digits than a float can have
-        points = np.full((1, 2), np.inf)
+        points = np.array(polygon, dtype=np.float64).ravel()
+    except (TypeError, ValueError, OverflowError):
+        raise Unusable("polygon holds something other than numbers") from None
+    if len(points) < 6:
+        raise Unusable(TOO_SHORT)
+    if len(points) % 2:
+        raise Unusable("polygon has an odd count of numbers")
+    points = points.reshape(-1, 2)
     if not (np.abs(points) <= MAX_COORDINATE).all():  # nor is NaN
         raise Unusable("polygon coordinate is not finite or out of bounds")
     edges = np.abs(points - np.concatenate([points[-1:], points[:-1]]))
     if edges.max(axis=1).sum() > MAX_OUTLINE:
         raise Unusable("polygon outline is out of bounds")
-    return points.ravel()
+    if points.min() >= 0 and points.max() <= 1:
+        raise Unusable("polygon between 0 and 1: normalised coordinates? Pixels are expected")
+    return points
 
 
-def _checked_counts(counts: object) -> list[int]:
-    if not isinstance(counts, list):
+def _checked_rle(segmentation: dict, height: int, width: int) -> dict:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, list) or [whole(side) for side in size] != [height, width]:
+        raise Unusable("RLE size is not the image's")
+    if isinstance(counts, str):
+        counts = _decompressed(counts)
+    elif not isinstance(counts, list):
         raise Unusable("RLE counts are neither a list nor a string")
-    if not all(type(count) is int and count >= 0 for count in counts):
+    else:
+        counts = [whole(count) for count in counts]
+    if not all(count is not None and count >= 0 for count in counts):
         raise Unusable("RLE counts are not whole numbers from 0 up")
-    return counts
+    if sum(counts) != height * width:
+        raise Unusable("RLE counts do not sum to the image's pixels")
+    return rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
 def _decompressed(text: str) -> list[int]:
@@ -105,138 +194,382 @@ def _decompressed(text: str) -> list[int]:
             value -= (bits & 16) << (shift - 4)
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
-    if shift or any(count < 0 for count in counts):
+    if shift:
         raise Unusable("RLE string is damaged")
     return counts
 
 
+# --- annotation files ----------------------------------------------------------------------------
+
+
 class Skipped:
-    """What could not be used: counted for the report, listed for the manifest, fatal if strict."""
+    """What could not be used, `images` and `annotations`: a count and a few examples per reason."""
 
-    def __init__(self, strict: bool):
-        self.strict, self.reasons, self.rows = strict, Counter(), []
+    def __init__(self, strict: bool = False):
+        self.strict, self.images, self.annotations = strict, {}, {}
 
-    def add(self, split: str, image_id: object, annotation_id: object, reason: str) -> None:
-        """Note an annotation, or with `annotation_id` None a whole image. Raises if strict."""
-        self.reasons[reason] += 1
-        names = {"split": split, "image_id": image_id, "annotation_id": annotation_id}
-        self.rows.append({**names, "reason": reason})
+    def add(self, kind: str, reason: str, split: str, image: object, annotation=None) -> None:
+        """Note an image, or an annotation of one, by names or ids. Raises UserError if strict."""
+        names = [name if isinstance(name, int) else str(name)[:99] for name in (image, annotation)]
+        example = {"split": split, "image": names[0]}
+        if kind == "annotations":
+            example["annotation"] = names[1]
+        entry = getattr(self, kind).setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append(example)
         if self.strict:
-            what = "" if annotation_id is None else f"annotation {annotation_id} of "
-            raise UserError(f"{split}, {what}image {image_id}: {reason} (--strict)")
+            what = ", ".join(f"{name} {value}" for name, value in example.items())
+            raise UserError(f"{what}: {reason} (--strict)")
+
+    def lines(self) -> list[str]:
+        """A line for each reason."""
+        return [
+            f"{entry['count']} {kind}: {reason} (first: {entry['examples'][0]['image']})"
+            for kind in ("images", "annotations")
+            for reason, entry in getattr(self, kind).items()
+        ]
 
 
-def read_annotations(path: Path) -> dict:
-    """A parsed instances file. Raises UserError if it is missing or damaged."""
+class JsonText:
+    """JSON in a file, taken value by value from a window of its text, which stands `at` a place.
+
+    Read as Latin-1, in which a character is a byte; what holds others is decoded once more.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.start, self.text, self.at = file, 0, "", 0
+        # Fractions stay text: they take twice as long as the rest, and only workers need them.
+        self.decode = json.JSONDecoder(parse_float=str).raw_decode
+        self._move()
+        if self.text.startswith("\xef\xbb\xbf"):  # a byte order mark
+            self.at = 3
+
+    def _move(self) -> bool:
+        """Let the window begin where it stands; whether it holds more than before."""
+        left = len(self.text) - self.at
+        self.start, self.at = self.start + self.at, 0
+        self.file.seek(self.start)
+        self.text = str(self.file.read(max(WINDOW, 2 * left)), "latin-1")
+        return len(self.text) > left
+
+    def peek(self) -> str:
+        """The next character that is no space; it stands there then."""
+        while True:
+            self.at = SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._move():
+                raise ValueError("it ends too early")
+
+    def value(self) -> tuple[object, int, int]:
+        """The next value, and where in the file it begins and ends."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+            except ValueError:  # it may be cut off by the window's end
+                if not self._move():
+                    raise
+                continue
+            # So may a number, which without its end is a number too.
+            if (end < len(self.text) and self.text[end] in ",:]} \t\n\r") or not self._move():
+                break
+        text, place = self.text[self.at : end], (self.start + self.at, self.start + end)
+        self.at = end
+        return value if text.isascii() else json.loads(text.encode("latin-1")), *place
+
+    def items(self, closing: str) -> Iterator[None]:
+        """Stand before each item of the list or object of which the bracket is next."""
+        self.at += 1
+        while self.peek() != closing:
+            yield
+            if self.peek() == ",":
+                self.at += 1
+            elif self.text[self.at] != closing:
+                raise ValueError(f"no comma at byte {self.start + self.at}")
+        self.at += 1
+
+
+def walk(file: BinaryIO) -> Iterator[tuple[str, object, int, int]]:
+    """(key, element, start, end) of each element of the lists of a JSON object; and for each list
+    itself (key, None, 0, 0) first. Raises ValueError where it is none."""
+    text = JsonText(file)
+    if text.peek() != "{":
+        raise ValueError("no JSON object")
+    for _ in text.items("}"):
+        key = text.value()[0]
+        if text.peek() != ":":
+            raise ValueError(f"no colon at byte {text.start + text.at}")
+        text.at += 1
+        if text.peek() != "[":
+            text.value()
+            continue
+        yield key, None, 0, 0
+        for _ in text.items("]"):
+            yield key, *text.value()
+
+
+def read_index(source: Source) -> Index:
+    """What is to be known of an annotation file. Raises UserError if missing, damaged, or of a
+    category id that two names share."""
+    images, annotations, categories = [], ([], [], array("q")), []
+    image_ids, category_ids, places = annotations
+    lists = set()
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        known = sorted(p.stem[10:] for p in path.parent.glob("instances_*.json"))
-        remedy = f"splits found: {', '.join(known)}" if known else "check --coco-root"
-        raise UserError(f"no annotation file {path}; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} ({error}): download it again") from None
+        with open(source.path, "rb") as file:
+            for key, element, start, end in walk(file):
+                if element is None and not end:
+                    lists.add(key)
+                    continue
+                fields = element if isinstance(element, dict) else {}
+                if key == "annotations":
+                    image_ids.append(identifier(fields.get("image_id")))
+                    category_ids.append(identifier(fields.get("category_id")))
+                    places.extend((start, end))
+                elif key == "images":
+                    images.append(_image_row(fields))
+                elif key == "categories":
+                    categories.append((identifier(fields.get("id")), fields.get("name")))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {source.path} ({error}): export it again") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path} has no list {key!r}: it is not a COCO instances file")
-    return content
+        if key not in lists:
+            raise UserError(f"{source.path} has no list {key!r}: it is not a COCO instances file")
+    return Index(source, _category_names(categories, source.path), images, *annotations)
 
 
-def category_labels(categories: list, classes: list[str], path: Path) -> dict[int, int | None]:
-    """Label of each category id, None if not chosen. Raises UserError for an unknown class."""
+def _image_row(image: dict) -> tuple:
+    """Id, file name, height, width. LVIS has no file name, but an address that ends with it."""
+    name = image.get("file_name")
+    if not name and isinstance(image.get("coco_url"), str):
+        name = "/".join(image["coco_url"].split("/")[-2:])
+    height, width = (max(0, whole(image.get(side)) or 0) for side in ("height", "width"))
+    return identifier(image.get("id")), name, height, width
+
+
+def _category_names(categories: list[tuple], path: Path) -> dict[int | str, str]:
     names = {}
-    for category in categories:
-        if isinstance(category, dict) and type(category.get("id")) is int:
-            names[category["id"]] = category.get("name")
-    known = [name for name in names.values() if isinstance(name, str)]
-    for name in classes[1:]:
-        if name not in known:
+    for id_, name in categories:
+        if id_ is None or not isinstance(name, str | int | float):
+            continue
+        if names.setdefault(id_, str(name)) != str(name):
+            both = f"{names[id_]!r} and {name!r}"
+            raise UserError(f"{path}: category {id_} is both {both}: give each an id of its own")
+    return names
+
+
+def choose_classes(wanted: list[str], indexes: list[Index]) -> list[str]:
+    """Class names by label, the background first; ["all"] stands for all categories.
+
+    Says which split lacks one. Raises UserError for a class that no split has."""
+    known = dict.fromkeys(name for index in indexes for name in index.names.values())
+    if wanted == ["all"]:
+        return [BACKGROUND, *(name for name in known if name != BACKGROUND)]
+    for name in wanted:
+        lacking = [index.source for index in indexes if name not in index.names.values()]
+        if len(lacking) == len(indexes):
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(known)}"
-            raise UserError(f"{path} has no category {name!r}; {hint}")
-    return {id_: classes.index(name) if name in classes else None for id_, name in names.items()}
+            hint = f"it knows {', '.join(known) or 'none at all'}"
+            hint = f"did you mean {close[0]!r}?" if close else hint
+            raise UserError(f"{lacking[0].path} has no category {name!r}; {hint}")
+        for source in lacking:
+            print(f"note: {source.split} has no category {name!r}", file=sys.stderr)
+    return [BACKGROUND, *wanted]
 
 
-def image_folder(root: Path, split: str) -> Path:
-    """ROOT/<split> or ROOT/images/<split>. Raises UserError if neither exists."""
-    for folder in (root / split, root / "images" / split):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"no images of {split}: neither {root / split} nor {root / 'images' / split}")
+# --- images --------------------------------------------------------------------------------------
 
 
-def index_split(
-    root: Path, split: str, classes: list[str], masks: set[str], skipped: Skipped
+def split_name(path: Path) -> str:
+    """What an annotation file, or a folder of masks, is called: Roboflow's after its folder."""
+    path = Path(os.path.abspath(path))
+    return path.parent.name if path.name.startswith("_") else path.stem.removeprefix("instances_")
+
+
+def find_sources(root: Path, splits: list[str] | None) -> list[Source]:
+    """The splits below a root laid out as by COCO, CVAT, Label Studio or Roboflow: those named,
+    else val2017, else all. Raises UserError if there are none."""
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give the COCO root with --coco-root")
+    paths = {}
+    patterns = ("result.json", "instances_*.json", "annotations/instances_*.json")
+    for pattern in ("_annotations.coco.json", "*/_annotations.coco.json", *patterns):
+        paths |= {split_name(path): path for path in sorted(root.glob(pattern))}
+    splits = list(dict.fromkeys(splits or (["val2017"] if "val2017" in paths else paths)))
+    for split in splits or ["<split>"]:
+        if split not in paths:
+            missing = f"no annotation file {root / 'annotations' / f'instances_{split}.json'}"
+            found = f"found: {', '.join(paths) or 'none'}"
+            own = "any other layout: --annotations FILE --images-dir DIR"
+            raise UserError(f"{missing}; splits {found}; {own}")
+    return [
+        Source(split, paths[split], [root / split, root / "images" / split, root / "images",
+                                     paths[split].parent, root])
+        for split in splits
+    ]  # fmt: skip
+
+
+class Tree:
+    """Finds files below a folder, by listing each folder once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.names, self.folded = folder, {}, {}
+
+    def find(self, name: str) -> str | None:
+        """The path below the folder, as on disk, or None. The first parts of a name may repeat the
+        last of the folder's; a name may differ in case or Unicode form where just one fits."""
+        parts, own = name.split("/"), self.folder.parts
+        for repeated in range(min(len(parts), len(own) + 1)):
+            same = not repeated or parts[:repeated] == list(own[-repeated:])
+            if same and (found := self._below("", parts[repeated:])):
+                return found
+        return None
+
+    def _below(self, found: str, parts: list[str]) -> str:
+        for part in parts:
+            names = self._list(found)
+            same = [part] if part in names else self.folded[found].get(fold(part), [])
+            if len(same) != 1:
+                return ""
+            found = f"{found}/{same[0]}".lstrip("/")
+        return found
+
+    def _list(self, below: str) -> set[str]:
+        if below not in self.names:
+            path = self.folder / below
+            self.names[below] = set(os.listdir(path)) if path.is_dir() else set()
+            self.folded[below] = defaultdict(list)
+            for name in self.names[below]:
+                self.folded[below][fold(name)].append(name)
+        return self.names[below]
+
+
+def fold(name: str) -> str:
+    """What is the same for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | None]]:
+    """The folder that holds most of the files, the first of equals, and their paths below it."""
+    best, most = (Path(), [None] * len(names)), -1
+    for folder in folders:
+        tree = Tree(folder)
+        found = [tree.find(name) for name in names]
+        count = sum(map(bool, found))
+        if count > most:
+            best, most = (folder, found), count
+        if count == len(names):
+            break
+    return best
+
+
+def safe_name(name: object) -> str:
+    """A file name with slashes, as Windows tools may not write it. Raises Unusable if it is none,
+    or leads out of its folder."""
+    if not isinstance(name, str) or not name.strip():
+        raise Unusable("image without a file name")
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts:
+        raise Unusable("file name leads out of the image folder")
+    return str(relative)
+
+
+def mask_names(paths: list[str]) -> list[str]:
+    """The mask's path for each image's: `cam0/a.jpg` gives `cam0/a.png`. Where that is another's,
+    also for file systems that know no case, it keeps its suffix; where that is too long, a hash."""
+    names, taken = [], set()
+    for path in paths:  # a folder may be called a.png
+        parts = fold(path).split("/")
+        taken.update("/".join(parts[:count]) for count in range(1, len(parts)))
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        stem, digest = os.path.splitext(name)[0], hashlib.blake2b(os.fsencode(path), digest_size=16)
+        for base in (stem, name, digest.hexdigest()):
+            mask = f"{folder}/{base}.png".lstrip("/")
+            if fold(mask) not in taken and len(os.fsencode(base)) < 246:
+                break
+        taken.add(fold(mask))
+        names.append(mask)
+    return names
+
+
+def split_tasks(
+    index: Index, root: Path, classes: list[str], skipped: Skipped, seen: dict
 ) -> list[Task]:
-    """The tasks of one split, with their annotations; `masks` holds the mask names taken so far."""
-    path = root / "annotations" / f"instances_{split}.json"
-    content = read_annotations(path)
-    labels = category_labels(content["categories"], classes, path)
-    folder = image_folder(root, split)
-    inside = tuple(os.path.realpath(base) + os.sep for base in (root, folder))
-    tasks, dropped = {}, set()
-    for image in content["images"]:
-        image_id = image.get("id") if isinstance(image, dict) else None
+    """The tasks of a split; `mask` is the image's own path yet, below a folder per split.
+
+    `seen` holds the images of earlier splits: of what is in two, the first keeps it. Raises
+    UserError where two files share an id, or where most images are missing.
+    """
+    (split, source, folders), rows, owners, tasks = index.source, [], {}, {}
+    for id_, name, height, width in index.images:
         try:
-            if type(image_id) is not int or not 0 <= image_id < 2**63:
+            if id_ is None:
                 raise Unusable("image without an id")
-            if image_id in tasks:
-                raise Unusable("duplicate image id")
-            task = _image_task(image, split, root, folder, inside)
-            if task.mask.casefold() in masks:
-                raise Unusable("another image has the same mask name")
+            rows.append((id_, safe_name(name), height, width))
         except Unusable as reason:
-            skipped.add(split, image_id, None, str(reason))
-            if type(image_id) is int:
-                dropped.add(image_id)
+            if id_ is not None:
+                owners[id_] = str(name)
+            skipped.add("images", str(reason), split, name)
+    folder, found = locate([row[1] for row in rows], folders)
+    prefix = Path(os.path.relpath(folder, root)).as_posix()
+    files, missing = {}, 0
+    for (id_, name, height, width), below in zip(rows, found):
+        owner = owners.setdefault(id_, below or name)
+        if owner != (below or name):
+            two = f"{owner} and {below or name} share the id {id_}"
+            raise UserError(f"{source}: {two}: give each image an id of its own")
+        reason = None if below else "image file is missing"
+        if below in files:
+            reason, tasks[id_] = "another row holds the image: merged", files[below]
+        elif below:
+            reason = _fault(folder / below, split, (id_, below), seen)
+        if reason:
+            missing += reason == "image file is missing"
+            skipped.add("images", reason, split, name)
         else:
-            tasks[image_id] = task
-            masks.add(task.mask.casefold())
-    missing = [task.path for task in tasks.values() if not task.path.is_file()]
-    if missing:
-        count = f"{len(missing)} of the {len(tasks)} images of {split}"
-        raise UserError(f"{count} are missing (first: {missing[0]}): download them again")
-    for annotation in content["annotations"]:
-        _add_annotation(annotation, tasks, dropped, labels, split, skipped)
-    return list(tasks.values())
+            file = f"{prefix}/{below}".removeprefix("./")
+            tasks[id_] = files[below] = Task(
+                id_, split, file, f"{split}/{below}", height, width, source, []
+            )
+    if missing * 2 > len(rows):
+        count = f"{missing:,} of the {len(rows):,} images of {split} are missing"
+        raise UserError(
+            f"{count} (first: {folder / rows[found.index(None)][1]}): is it the right folder?"
+        )
+    _add_annotations(index, classes, owners, tasks, skipped)
+    return list(files.values())
 
 
-def _image_task(image: dict, split: str, root: Path, folder: Path, inside: tuple[str, ...]) -> Task:
-    height, width, name = image.get("height"), image.get("width"), image.get("file_name")
-    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
-        raise Unusable("image height or width is not a whole number from 1 up")
-    if height * width > MAX_PIXELS:
-        raise Unusable(f"image has more than {MAX_PIXELS} pixels")
+def _fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
+    """Why an image file is not to be used: missing, or in an earlier split. Notes it in `seen`."""
     try:
-        relative = PurePosixPath(name)
-        path, mask = folder / relative, relative.stem + ".png"
-        real, too_long = os.path.realpath(path), len(os.fsencode(mask)) > 255
-    except (OSError, TypeError, ValueError):
-        raise Unusable("file_name is not a file name") from None
-    leads_away = relative.is_absolute() or ".." in relative.parts or "\\" in name
-    if leads_away or not relative.stem or too_long:
-        raise Unusable("file_name is not a file name")
-    if not real.startswith(inside):
-        raise Unusable("file_name leads out of the root")
-    file = path.relative_to(root).as_posix()
-    return Task(image["id"], split, path, file, mask, height, width, [])
+        stat = path.stat()
+    except PermissionError:
+        raise
+    except OSError:  # a link that leads nowhere
+        return "image file is missing"
+    for key in ((stat.st_dev, stat.st_ino), (*name, stat.st_size)):
+        earlier, other = seen.setdefault(key, (split, path))
+        if earlier != split and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
+            return f"image is in {earlier} too, and kept there"
+    return None
 
 
-def _add_annotation(annotation, tasks, dropped, labels, split, skipped) -> None:
-    """Give its task an annotation of a chosen class; those of `dropped` images go with them."""
-    fields = annotation if isinstance(annotation, dict) else {}
-    image_id, category_id = fields.get("image_id"), fields.get("category_id")
-    iscrowd, reason = fields.get("iscrowd", 0), None
-    if type(image_id) is not int or image_id not in tasks:
-        if type(image_id) is int and image_id in dropped:
-            return
-        reason = "annotation of an unknown image"
-    elif type(category_id) is not int or category_id not in labels:
-        reason = "category is not in categories"
-    elif iscrowd not in (0, 1):
-        reason = "iscrowd is neither 0 nor 1"
-    if reason:
-        skipped.add(split, image_id, fields.get("id", "?"), reason)
-    elif labels[category_id] is not None:
-        row = (fields.get("id", "?"), labels[category_id], iscrowd, fields.get("segmentation"))
-        tasks[image_id].annotations.append(row)
+def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, skipped) -> None:
+    """Give the tasks the annotations of chosen classes; those of left out images go with them."""
+    split, labels = index.source.split, {}
+    for id_, name in index.names.items():
+        labels[id_] = classes.index(name) if name in classes[1:] else 0
+    places = zip(index.places[::2], index.places[1::2])
+    ids = zip(index.image_ids, index.category_ids, places)
+    for number, (image_id, category_id, place) in enumerate(ids):
+        if image_id not in owners:
+            reason = "annotation of an unknown image"
+            skipped.add("annotations", reason, split, image_id, f"#{number}")
+        elif category_id not in labels:
+            reason = "category is not in categories"
+            skipped.add("annotations", reason, split, image_id, f"#{number}")
+        elif labels[category_id] and image_id in tasks:
+            tasks[image_id].annotations.append((labels[category_id], *place))

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 IGNORE_INDEX = 255
 BACKGROUND = "background"
 IGNORE_COLOR = (255, 255, 255)
@@ -38,8 +38,9 @@ class UserError(ValueError):
 class Manifest:
     """What `prepare_masks.py` wrote, one row per image, as arrays (small to send to workers).
 
-    `classes` and `colors` are indexed by label, 0 is the background. `pixels` is (N, C) int64,
-    `sizes` (N, 2) int64: height, width. `fingerprint` identifies images, classes and pixel counts.
+    `classes` and `colors` are indexed by label, 0 is the background. `pixels` is (N, C) int32,
+    `sizes` (N, 2) int64: height, width. `upright` says where EXIF is to be applied, `checksums` are
+    of the masks' labels. `fingerprint` identifies classes, images and masks, whatever their order.
     """
 
     data: Path
@@ -51,6 +52,8 @@ class Manifest:
     files: np.ndarray
     masks: np.ndarray
     sizes: np.ndarray
+    upright: np.ndarray
+    checksums: np.ndarray
     pixels: np.ndarray
     fingerprint: str
 
@@ -59,39 +62,59 @@ class Manifest:
 
     def keys(self, indices: np.ndarray) -> list[list]:
         """[split, id] of each image: unique in a manifest, plain types for a checkpoint."""
-        return [[str(self.splits[index]), int(self.ids[index])] for index in indices]
+        return [[str(self.splits[index]), str(self.ids[index])] for index in indices]
 
 
-def load_manifest(data: str | Path) -> Manifest:
-    """Read `data`/manifest.json. Raises UserError if missing, damaged or of another version."""
+def count_matrix(rows: list[dict], key: str, classes: int) -> np.ndarray:
+    """(N, C) int32 of the {label: count} that each of N rows holds under a key."""
+    matrix = np.zeros((len(rows), classes), dtype=np.int32)
+    for counts, row in zip(matrix, rows):
+        for label, count in row[key].items():
+            counts[int(label)] = count
+    return matrix
+
+
+def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
+    """Read `data`/manifest.json. Raises UserError if missing, damaged or of another version.
+
+    The images are looked for below `root`; without one where they were; and if there is no such
+    folder, where the environment's COCO_ROOT says.
+    """
     path = Path(data) / "manifest.json"
     remedy = f"run prepare_masks.py --coco-root ROOT --out {data}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, classes, images = (content[key] for key in ("version", "classes", "images"))
+        images = sorted(images, key=lambda row: (row["split"], str(row["id"])))
+        root = root or content["root"]
+        if not Path(root).is_dir():
+            root = os.environ.get("COCO_ROOT", root)
         if version != MANIFEST_VERSION or not images:
             raise ValueError(f"format version {version}, {len(images)} images")
 
         def column(key, dtype):
             return np.array([image[key] for image in images], dtype=dtype)
 
-        identity = [[image[key] for key in ("split", "id", "mask", "pixels")] for image in images]
+        keys = ("split", "id", "height", "width", "checksum")
+        identity = [[str(image[key]) for key in keys] for image in images]
         return Manifest(
             data=Path(data),
-            root=Path(content["root"]),
+            root=Path(root),
             classes=classes,
             colors=[tuple(color) for color in content["colors"]],
-            ids=column("id", np.int64),
+            ids=column("id", np.str_),
             splits=column("split", np.str_),
             files=column("file", np.str_),
             masks=column("mask", np.str_),
             sizes=np.stack([column(side, np.int64) for side in ("height", "width")], axis=1),
-            pixels=column("pixels", np.int64).reshape(len(images), len(classes)),
+            upright=np.array([content["exif"][image["split"]] == "upright" for image in images]),
+            checksums=column("checksum", np.int64),
+            pixels=count_matrix(images, "pixels", len(classes)),
             fingerprint=hashlib.sha256(json.dumps([classes, *identity]).encode()).hexdigest(),
         )
     except FileNotFoundError:
         raise UserError(f"no manifest at {path}: {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(f"cannot read {path} ({error!r}): {remedy}") from None
 
 
@@ -138,6 +161,27 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
         raise UserError(f"cannot write {path} ({reason}): is its disk full?") from None
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder. The lock dies with the process, whatever kills it.
+    Raises UserError where another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            remedy = "wait until it has ended, or take another --out"
+            raise UserError(f"{folder} is in use by another run: {remedy}") from None
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """`atomic_write` of text."""
     with atomic_write(path) as file:
@@ -167,10 +211,26 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 2 and one sentence for a user's error, 130 for Ctrl-C."""
+def _is_closed(stream: TextIO) -> bool:
+    """Whether nobody reads it. If so, it leads nowhere from now on: Python still flushes it."""
     try:
-        sys.exit(main())
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: 2 and one sentence for a user's error, 130 for Ctrl-C, 141
+    where nobody reads on (as `| head`), without a word."""
+    for stream in (sys.stdout, sys.stderr):  # a class may have a name that the terminal cannot show
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -178,6 +238,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         # From a loader process it comes with that process's traceback before it.
         sentence = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
     except (OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and not error.filename and _is_closed(sys.stdout):
+            sys.exit(141)
         # torch tells of a dead loader process by a lost connection, by an error out of its handler
         # of SIGCHLD, or by both.
         if hasattr(signal, "SIGCHLD"):

@@ -11,6 +11,7 @@ epoch is a function of (seed, epoch), an image's augmentation of (seed, epoch, p
 """
 
 import hashlib
+import re
 import signal
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,15 +38,28 @@ PAD_MULTIPLE = 32
 BATCH_PIXELS = 2**26
 
 
-def split_indices(manifest: Manifest, seed: int, val_split: str | None) -> tuple[np.ndarray, ...]:
+def split_indices(
+    manifest: Manifest, seed: int, val_split: str | None, group: str | None = None
+) -> tuple[np.ndarray, ...]:
     """Indices that train and indices that validate: disjoint, together all of them.
 
-    With `val_split` that split validates and the others train. Without, a fifth of the images,
-    stratified: images are grouped by the rarest class they hold, each group is put in the order of
-    a hash of (seed, split, id), and its first part validates. So the outcome depends on the seed
-    and the images alone, not on their order. Raises UserError if either side would be empty.
+    With `val_split` that split validates and the others train. Without, a fifth of the groups of
+    `image_groups`, stratified: they are sorted by the rarest class they hold, each such stratum is
+    put in the order of a hash of the seed and the group, and its first part validates. So the
+    outcome depends on the seed and the images alone. Raises UserError if either side were empty.
     """
-    validates = manifest.splits == val_split if val_split else _stratified(manifest, seed)
+    names, groups = np.unique(image_groups(manifest, group), return_inverse=True)
+    if val_split:
+        validates = manifest.splits == val_split
+        both = len(np.intersect1d(groups[validates], groups[~validates]))
+        if both:
+            print(
+                f"warning: {both} groups of images train and validate; mend it, or no --val-split"
+            )
+    else:
+        validates = _stratified(manifest, seed, names.tolist(), groups)[groups]
+        if len(names) < len(groups):
+            print(f"{len(groups)} images in {len(names)} groups, each on one side of the split")
     if not validates.any() or validates.all():
         source = f"--val-split {val_split}" if val_split else manifest.data
         empty, known = "train" if validates.any() else "validate", sorted(set(manifest.splits))
@@ -53,15 +67,26 @@ def split_indices(manifest: Manifest, seed: int, val_split: str | None) -> tuple
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
-def _stratified(manifest: Manifest, seed: int) -> np.ndarray:
-    def position(index: int) -> bytes:
-        key = f"{seed}/{manifest.splits[index]}/{manifest.ids[index]}"
-        return hashlib.blake2b(key.encode(), digest_size=8).digest()
+def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
+    """The group of each image: what the `pattern` matches of its path; or of Roboflow's names, as
+    a_jpg.rf.4f2e.jpg, what stands before the hash of an augmentation; else the image alone."""
+    try:
+        found = [re.search(pattern or r"[^/]+(?=\.rf\.)", file) for file in manifest.files.tolist()]
+    except re.error as error:
+        raise UserError(f"--group {pattern}: {error}; give a regular expression") from None
+    keys = manifest.keys(range(len(manifest)))
+    return [match.group() if match else "/".join(key) for match, key in zip(found, keys)]
 
-    holds = manifest.pixels[:, 1:] > 0
-    images_with_class = np.where(holds, holds.sum(axis=0), len(manifest) + 1)
-    rarest = np.where(holds.any(axis=1), images_with_class.argmin(axis=1) + 1, 0)
-    validates = np.zeros(len(manifest), dtype=bool)
+
+def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndarray) -> np.ndarray:
+    def position(group: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{names[group]}".encode(), digest_size=8).digest()
+
+    holds = np.zeros((len(names), manifest.pixels.shape[1] - 1), dtype=bool)
+    np.logical_or.at(holds, groups, manifest.pixels[:, 1:] > 0)
+    groups_with_class = np.where(holds, holds.sum(axis=0), len(names) + 1)
+    rarest = np.where(holds.any(axis=1), groups_with_class.argmin(axis=1) + 1, 0)
+    validates = np.zeros(len(names), dtype=bool)
     for label in np.unique(rarest):
         stratum = sorted(np.flatnonzero(rarest == label).tolist(), key=position)
         count = round(VAL_FRACTION * len(stratum))
@@ -148,9 +173,10 @@ def normalize(images: Tensor) -> Tensor:
 def read_pair(manifest: Manifest, index: int) -> tuple[Tensor, Tensor]:
     """Image (3, H, W) uint8 and mask (H, W) uint8 at native size. Raises UserError."""
     height, width = manifest.sizes[index].tolist()
-    image = read_image(manifest.root / manifest.files[index], (height, width))
+    path, upright = manifest.root / manifest.files[index], bool(manifest.upright[index])
+    image = read_image(path, (height, width), upright)
     path = manifest.data / "masks_raw" / manifest.masks[index]
-    mask = read_mask(path, len(manifest.classes))
+    mask = read_mask(path, len(manifest.classes), int(manifest.checksums[index]))
     if mask.shape != (height, width):
         raise UserError(f"{path} is not of the manifest's size: run prepare_masks.py again")
     return to_tensor(image), torch.from_numpy(mask)

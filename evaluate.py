@@ -8,6 +8,7 @@ nowhere; a class that neither truth nor prediction holds has no IoU and enters n
 
 import argparse
 import json
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", help="data directory, if not the one that the checkpoint was trained on")
     images = ["validation", "training", "all"]
     add("--images", choices=images, default=images[0], help="those that validated, trained, or all")
+    add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
     add("--other-data", action="store_true", help="accept other masks than those trained on")
     add("--json", type=Path, metavar="FILE", help="write the report here too")
     add("--markdown", type=Path, metavar="FILE", help="write the tables here too")
@@ -132,13 +134,14 @@ def load_subject(path: str, args: argparse.Namespace) -> tuple[dict, Manifest, n
     UserError if the data is of other classes, or of other masks without --other-data.
     """
     state = load_checkpoint(path)
-    manifest = common.load_manifest(args.data or state["args"]["data"])
+    root = args.coco_root or (None if args.data else state["args"].get("coco_root"))
+    manifest = common.load_manifest(args.data or state["args"]["data"], root)
     own = f"give the data directory that {path} was trained on with --data"
     if state["classes"] != manifest.classes:
         raise UserError(f"{manifest.data} holds {', '.join(manifest.classes[1:9])}: {own}")
     if state["fingerprint"] != manifest.fingerprint and not args.other_data:
         raise UserError(f"{manifest.data} holds other masks: {own}, or say --other-data")
-    validated = set(map(tuple, state["val_ids"]))
+    validated = {(split, str(id_)) for split, id_ in state["val_ids"]}
     held = np.array([tuple(key) in validated for key in manifest.keys(range(len(manifest)))])
     missing = len(validated) - held.sum()
     if args.images == "all" or (args.other_data and not held.any()):
@@ -149,6 +152,8 @@ def load_subject(path: str, args: argparse.Namespace) -> tuple[dict, Manifest, n
         raise UserError(f"{manifest.data} lacks {missing} validation images: {own}")
     if not held.any():
         raise UserError(f"{manifest.data} holds no {args.images} images")
+    if not manifest.pixels[held, 1:].any():
+        print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
     return state, manifest, np.flatnonzero(held)
 
 

@@ -1,5 +1,6 @@
 """Image and mask files of any kind, read and checked; errors name the file. Needs no torch."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,33 +27,49 @@ def _open(path: Path, kind: str, missing: str, damaged: str) -> Iterator[Image.I
         raise UserError(f"cannot read the {kind} {path} ({reason}): {damaged}") from None
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode any image file to 8-bit RGB: 16 bits scaled down, transparency over white.
+def swaps_sides(image: Image.Image) -> bool:
+    """Whether EXIF turns an image by 90 degrees; what is damaged says nothing."""
+    try:
+        return image.getexif().get(0x0112, 1) >= 5
+    except Exception:  # whatever Pillow makes of it
+        return False
 
-    COCO annotates the pixels as stored, so EXIF rotation is applied only where the turned image,
-    and not the stored one, has the annotated `size` (height, width). Without `size` it always is.
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing; damaged pixels will be met again
+        return image
+
+
+def read_image(
+    path: Path, size: tuple[int, int] | None = None, upright: bool = True
+) -> Image.Image:
+    """Decode any image file to 8-bit RGB: more bits scaled down, transparency over white.
+
+    EXIF rotation is applied if `upright`; but where only one of the two, stored or turned, has the
+    annotated `size` (height, width), that one is returned.
     Raises UserError if the file is missing, not an image, or of neither size.
     """
-    moved = "the images moved? run prepare_masks.py again with --coco-root"
+    moved = "did the images move? Give their folder with --coco-root"
     with _open(path, "image", moved, "replace or remove it") as image:
-        stored = image.height, image.width
-        turned = image if stored == size else ImageOps.exif_transpose(image)
-        if size not in (None, (turned.height, turned.width)):
-            found, stated = (f"{height}x{width}" for height, width in (stored, size))
+        fits = size in (None, (image.height, image.width))
+        shown = _upright(image) if upright or not fits else image
+        if fits and size not in (None, (shown.height, shown.width)):
+            shown = image
+        if size not in (None, (shown.height, shown.width)):
+            found, stated = f"{image.height}x{image.width}", f"{size[0]}x{size[1]}"
             remedy = "replace the image or run prepare_masks.py again"
             raise UserError(f"{path} is {found}, the annotations say {stated}: {remedy}")
-        return _rgb(turned)
+        return _rgb(shown)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     image.load()  # some formats tell their mode only then
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose white could be any number")
-    if image.mode.startswith("I"):  # 16 bits: convert() would clip them at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() >= 2**16:
-            raise ValueError("pixels of more than 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))  # as Pillow reads 16-bit colours
+    if image.mode.startswith("I"):  # more than 8 bits, which convert() would clip at 255
+        image = _scaled(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -61,8 +78,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def read_mask(path: Path, classes: int) -> np.ndarray:
-    """(H, W) uint8 labels. Raises UserError for a label that is neither a class nor 255."""
+def _scaled(image: Image.Image) -> Image.Image:
+    """8 bits of up to 16. A file of 12-bit data states 16, which would leave it almost black: so
+    the highest bit is that of the brightest pixel, unless a TIFF states fewer than 16 itself."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() >= 2**16:
+        raise ValueError("pixels of more than 16 bits")
+    stated = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample
+    bits = stated if stated < 16 else max(8, int(values.max()).bit_length())
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+
+
+def read_mask(path: Path, classes: int, checksum: int | None = None) -> np.ndarray:
+    """(H, W) uint8 labels. Raises UserError for a label that is neither a class nor 255, and if the
+    mask is not the one that had the `checksum`."""
     again = "run prepare_masks.py again"
     with _open(path, "mask", again, again) as image:
         if image.mode != "L":
@@ -72,4 +101,31 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
     if wrong.size:
         known = f"neither a class (0 to {classes - 1}) nor {IGNORE_INDEX}"
         raise UserError(f"{path} holds the label {wrong[0]}, which is {known}: {again}")
+    if checksum not in (None, zlib.crc32(mask)):
+        changed = "is not the mask that the manifest described when this run began"
+        raise UserError(f"{path} {changed}: it was changed or prepared anew; start again")
     return mask
+
+
+def read_labels(path: Path, codes: dict) -> np.ndarray:
+    """(H, W) uint8 labels of somebody's mask: an index image, or RGB where `codes`, which gives the
+    label of each value that may occur, has colours. Raises UserError for any other value."""
+    colors = isinstance(next(iter(codes)), tuple)
+    with _open(path, "mask", "is it a file?", "export it again") as image:
+        if image.format == "JPEG":
+            raise UserError(f"{path} is a JPEG, which blurs labels: export the masks as PNG")
+        if not colors and image.mode not in ("L", "P", "1", "I", "I;16"):
+            raise UserError(f"{path} is {image.mode}: give the colour of each class with --colors")
+        values = np.array(image.convert("RGB") if colors else image).astype(np.int64)
+    if colors:
+        values = values @ (65536, 256, 1)
+        codes = {red * 65536 + green * 256 + blue: v for (red, green, blue), v in codes.items()}
+    labels = np.full(values.shape, -1, dtype=np.int16)
+    for code, label in codes.items():
+        labels[values == code] = label
+    if labels.min() < 0:
+        value = values[labels < 0][0]
+        value = f"#{value:06x}" if colors else value
+        remedy = "name its class with --classes and --colors, or give it to --ignore"
+        raise UserError(f"{path} holds {value}, which is no class: {remedy}")
+    return labels.astype(np.uint8)

@@ -3,9 +3,9 @@
     python predict.py --ckpt runs/deeplab/best.pt --images photos "more/**/*.jpg" --out predictions
 
 Each image gives predictions/masks_raw/<stem>.png (labels), masks_colored/<stem>.png and
-overlays/<stem>.jpg, in the size of the picture as a viewer shows it: EXIF rotation is applied. A
-file that is not an image, or whose stem another image has taken, is named and skipped; the exit
-code is then 1.
+overlays/<stem>.jpg, in the size of the picture: as a viewer shows it, turned by EXIF, where those
+of the training were, else as stored. A file that is not an image, or whose stem another image has
+taken, is named and skipped; the exit code is then 1.
 """
 
 import argparse
@@ -56,12 +56,12 @@ def find_files(names: list[str]) -> list[Path]:
     return list(files.values())
 
 
-def read(path: Path) -> Image.Image | UserError:
-    """The image, upright, or why it cannot be used."""
+def read(path: Path, upright: bool) -> Image.Image | UserError:
+    """The image, turned by EXIF if `upright`, or why it cannot be used."""
     if not path.is_file():  # a pipe would be waited for
         return UserError(f"{path} is not a file")
     try:
-        image = read_image(path)
+        image = read_image(path, upright=upright)
     except UserError as error:
         return error
     longest = f"{path} has {max(image.size)} pixels per side, a JPEG at most {LONGEST_JPEG}"
@@ -69,13 +69,13 @@ def read(path: Path) -> Image.Image | UserError:
 
 
 def batches(
-    files: list[Path], size: int, batch_size: int, pool: ThreadPoolExecutor
+    files: list[Path], size: int, upright: bool, batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
     """The images among `files` in batches of one padded size; names those that it skips."""
     stems = {}
     for first in tqdm(range(0, len(files), batch_size), unit="batch", disable=None):
         chunk, groups = files[first : first + batch_size], defaultdict(list)
-        for path, image in zip(chunk, pool.map(read, chunk)):
+        for path, image in zip(chunk, pool.map(partial(read, upright=upright), chunk)):
             taken = stems.get(path.stem.casefold())  # some file systems know no case
             if not isinstance(image, UserError) and taken:
                 image = UserError(f"{path} would have the same outputs as {taken}")
@@ -112,6 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", required=True, metavar="PATH", help="checkpoint")
     add("--images", required=True, nargs="+", metavar="FILE_OR_FOLDER", help=images)
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder to write to")
+    exif = "picture that is segmented (default: as in the training)"
+    add("--exif", choices=["stored", "upright"], help=exif)
     add("--batch-size", type=int, help="images at once (default: 8 on a GPU; 2 on a CPU, for 4 GB)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -135,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     state = load_checkpoint(args.ckpt)
     model, size = model_from_checkpoint(state, device), state["args"]["size"]
     predictor, colors = Predictor(model, size, device, amp_dtype(args.amp, device)), state["colors"]
+    upright = state.get("upright", True) if args.exif is None else args.exif == "upright"
     del state  # the optimizer's part is twice as large as the model
     for folder in OUTPUTS:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # on metadata, without the file's name
     done = 0
     with ThreadPoolExecutor(common.default_workers()) as pool:
-        for batch in batches(files, size, batch_size, pool):
+        for batch in batches(files, size, upright, batch_size, pool):
             labels = predict_labels(predictor, [image for _, image in batch])
             write = partial(write_outputs, args.out, colors)
             done += sum(1 for _ in pool.map(write, batch, labels))

@@ -1,58 +1,95 @@
-"""COCO instance annotations -> semantic masks for chosen classes.
+"""COCO annotations of any tool, or masks of one's own -> semantic masks for chosen classes.
 
     python prepare_masks.py --coco-root coco --split train2017 val2017 --out data
+    python prepare_masks.py --annotations a.json --images-dir photos --classes all --out data
+    python prepare_masks.py --masks labels --images-dir photos --classes sky road car --out data
 
 Writes data/masks_raw (class indices, mode L), data/masks_colored (RGB, to look at) and, last of
 all, data/manifest.json: its presence means that the masks are complete.
 
-What cannot be used of an annotation file is skipped, counted by reason and listed in the manifest.
+What cannot be used is skipped, counted by reason in the manifest, and never becomes background: the
+bbox of such an annotation is 255, "ignore", or else its image is left out.
 """
 
 import argparse
+import glob
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import sys
 import threading
 import zlib
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 from pycocotools import mask as rle
 from tqdm import tqdm
 
+import coco
 import common
-from coco import Skipped, Task, Unusable, encode, index_split
+from coco import Empty, Skipped, Source, Task, Unusable, encode, mask_names, whole
 from common import BACKGROUND, IGNORE_INDEX, UserError, atomic_write, color_mask
+from images import read_labels, swaps_sides
 
 CLASSES = ["person", "car", "bus", "dog"]
 PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
+FOLDERS = ("masks_raw", "masks_colored")
 
 
-def encode_layers(task: Task, classes: int, crowd: str) -> tuple[dict[int, list[dict]], dict]:
-    """RLEs by label (ignored crowds: 255), and what the manifest's row says of the annotations."""
-    instances, crowds, skipped = [0] * classes, [0] * classes, defaultdict(list)
-    layers = defaultdict(list)
-    for annotation_id, label, iscrowd, segmentation in task.annotations:
+class Work(NamedTuple):
+    """What is the same for all images: where they are, where masks go, and how they are made."""
+
+    root: Path
+    folder: Path
+    colors: tuple
+    paint_order: list[int]
+    crowd: str
+    exif: str | None
+    check: bool
+    codes: dict | None
+
+
+def encode_layers(
+    annotations: list[tuple[int, dict]], height: int, width: int, crowd: str, skipped: list
+) -> tuple[dict[int, list[dict]], dict]:
+    """RLEs by label (255: ignored), and the counts of instances and crowds by label.
+
+    What cannot be used goes to `skipped`, and its bbox is ignored. Raises Unusable, for the whole
+    image, where it has none.
+    """
+    layers, counts = defaultdict(list), {"instances": Counter(), "crowds": Counter()}
+    for label, annotation in annotations:
+        encoded, lost, iscrowd = None, [], whole(annotation.get("iscrowd") or 0)
         try:
-            encoded = encode(segmentation, task.height, task.width)
+            if iscrowd not in (0, 1):
+                raise Unusable("iscrowd is neither 0 nor 1")
+            encoded, lost = encode(annotation.get("segmentation"), height, width)
         except Unusable as reason:
-            skipped[str(reason)].append(annotation_id)
-            continue
-        (crowds if iscrowd else instances)[label] += 1
-        if not iscrowd or crowd == "class":
-            layers[label].append(encoded)
-        elif crowd == "ignore":
-            layers[IGNORE_INDEX].append(encoded)
-    return layers, {"instances": instances, "crowds": crowds, "skipped": dict(skipped)}
+            lost = [reason]
+        skipped += [(annotation.get("id"), str(reason)) for reason in lost]
+        blank = any(isinstance(reason, Empty) for reason in lost)
+        if encoded or blank:
+            counts["crowds" if iscrowd else "instances"][str(label)] += 1
+        if encoded and not (iscrowd and crowd == "background"):
+            layers[IGNORE_INDEX if iscrowd and crowd == "ignore" else label].append(encoded)
+        # A ring of two points encloses nothing: all that it could have shown is there.
+        if lost and not (encoded and set(lost) == {coco.TOO_SHORT}):
+            if box := coco.encode_bbox(annotation.get("bbox"), height, width):
+                layers[IGNORE_INDEX].append(box)
+            elif not encoded and not blank:
+                raise Unusable("an annotation cannot be used, and has no bbox to ignore")
+    return layers, counts
 
 
 def paint(layers: dict[int, list[dict]], paint_order: list[int], height, width) -> np.ndarray:
@@ -83,49 +120,80 @@ def png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + content + chunk(b"IEND", b"")
 
 
-def mask_files(mask: np.ndarray, colors: tuple) -> tuple[bytes, bytes, list[int]]:
-    """The index PNG and the coloured PNG of a mask, and the pixel count of each of 256 labels."""
-    colored = np.asarray(color_mask(mask, colors))
-    return png(mask), png(colored), Image.fromarray(mask).histogram()
+def mask_files(mask: np.ndarray, colors: tuple) -> tuple[bytes, bytes, dict]:
+    """The index PNG and the coloured PNG of a mask, and what the manifest's row says of it."""
+    counts = Image.fromarray(mask).histogram()
+    pixels = {str(label): count for label, count in enumerate(counts[: len(colors)]) if count}
+    counted = {"checksum": zlib.crc32(mask), "pixels": pixels, "ignored": counts[IGNORE_INDEX]}
+    return png(mask), png(np.asarray(color_mask(mask, colors))), counted
 
 
 @lru_cache(maxsize=1024)
-def blank_files(height: int, width: int, colors: tuple) -> tuple[bytes, bytes, list[int]]:
+def blank_files(height: int, width: int, colors: tuple) -> tuple[bytes, bytes, dict]:
     """`mask_files` of an image that holds none of the classes: made once per size."""
     return mask_files(np.zeros((height, width), dtype=np.uint8), colors)
 
 
-def check_image_file(task: Task) -> None:
-    """Compare an image's header with the stated size. Raises Unusable where they differ."""
-    stated = task.width, task.height
+def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, int, bool]:
+    """Height and width of an image as annotated, and whether EXIF swaps its sides for that.
+
+    Without a stated size the file's is taken. Raises Unusable where they differ, or the file is
+    damaged: in its header, or with --check anywhere.
+    """
     try:
-        with Image.open(task.path) as image:
-            size = image.size  # EXIF is looked at only where it matters: a PNG is decoded for it
-            turned = size != stated and image.getexif().get(0x0112, 1) >= 5  # sides are swapped
-    except Exception:  # a damaged header can make Pillow raise anything
+        with Image.open(path) as image:
+            size, stated = (image.height, image.width), (height, width)
+            # EXIF is looked at only where it matters: for that Pillow decodes a whole PNG.
+            upright = size != stated if all(stated) else work.exif == "upright"
+            turned = upright and swaps_sides(image)
+            if work.check:
+                image.load()
+    except Exception:  # a damaged file can make Pillow raise anything
         raise Unusable("image file is not readable") from None
-    if stated != (size[::-1] if turned else size):
+    size = size[::-1] if turned else size
+    if all(stated) and size != stated:
         raise Unusable("image file has another size than the annotations say")
+    if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+        raise Unusable(f"image has more than {Image.MAX_IMAGE_PIXELS} pixels")
+    return *size, turned
 
 
-def prepare_image(task: Task, out: Path, colors: tuple, paint_order: list[int], crowd: str) -> dict:
-    """Write one image's masks and return its manifest row, or {"unusable": reason}."""
+def read_places(path: Path, places: list[tuple]) -> list[tuple[int, dict]]:
+    """(label, annotation) of each (label, start, end) in an annotation file."""
+    annotations = []
+    with open(path, "rb") as file:
+        for label, start, end in places:
+            file.seek(start)
+            annotations.append((label, json.loads(file.read(end - start))))
+    return annotations
+
+
+def prepare_image(task: Task, work: Work) -> dict:
+    """Write one image's masks and return its manifest row, or {"unusable": reason}; both hold
+    "skipped", its (annotation id, reason) pairs, and rows "turned", what EXIF does to it."""
+    skipped, counted = [], {"instances": {}, "crowds": {}}
+    size, mask = (task.height, task.width), None
     try:
-        check_image_file(task)
+        if task.annotations is None:
+            mask = read_labels(task.source, work.codes)
+            size = mask.shape
+        height, width, turned = check_image(work.root / task.file, *size, work)
+        if task.annotations:
+            annotations = read_places(task.source, task.annotations)
+            layers, counted = encode_layers(annotations, height, width, work.crowd, skipped)
+            mask = paint(layers, work.paint_order, height, width) if layers else None
     except Unusable as reason:
-        return {"unusable": str(reason)}
-    layers, annotations = encode_layers(task, len(colors), crowd)
-    if layers:
-        mask = paint(layers, paint_order, task.height, task.width)
-        raw, colored, pixels = mask_files(mask, colors)
-    else:
-        raw, colored, pixels = blank_files(task.height, task.width, colors)
-    for folder, content in (("masks_raw", raw), ("masks_colored", colored)):
-        with atomic_write(out / folder / task.mask, sync=False) as file:
+        return {"unusable": str(reason), "skipped": skipped}
+    blank = mask is None
+    files = blank_files(height, width, work.colors) if blank else mask_files(mask, work.colors)
+    for folder, content in zip(FOLDERS, files):
+        path = work.folder / folder / task.mask
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, sync=False) as file:
             file.write(content)
-    stated = {key: getattr(task, key) for key in ("id", "split", "file", "mask", "height", "width")}
-    counted = {"pixels": pixels[: len(colors)], "ignored": pixels[IGNORE_INDEX]}
-    return stated | counted | annotations
+    row = {"id": task.id, "split": task.split, "file": task.file, "mask": task.mask}
+    row |= {"height": height, "width": width, **files[2], **counted}
+    return row | {"skipped": skipped, "turned": turned}
 
 
 def _start_worker() -> None:
@@ -147,21 +215,21 @@ def start_pool(workers: int) -> ProcessPoolExecutor:
     return pool
 
 
-def prepare_images(prepare: Callable, tasks: list[Task], pool, skipped: Skipped) -> list[dict]:
+def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> list[dict]:
     """The manifest's rows of the usable images; what could not be used is added to `skipped`."""
-    results, rows = pool.map(prepare, tasks, chunksize=16) if pool else map(prepare, tasks), []
+    prepare, rows = partial(prepare_image, work=work), []
+    results = pool.map(prepare, tasks, chunksize=16) if pool else map(prepare, tasks)
     progress = tqdm(results, total=len(tasks), unit="image", disable=None)
     try:
         for row, task in zip(progress, tasks):
-            for reason, annotation_ids in row.get("skipped", {}).items():
-                for annotation_id in annotation_ids:
-                    skipped.add(task.split, task.id, annotation_id, reason)
+            for annotation_id, reason in row.pop("skipped"):
+                skipped.add("annotations", reason, task.split, task.file, annotation_id)
             if "unusable" in row:
-                skipped.add(task.split, task.id, None, row["unusable"])
+                skipped.add("images", row["unusable"], task.split, task.file)
             else:
                 rows.append(row)
     except BrokenProcessPool:
-        remedy = "try fewer --workers; with 1, the image after the newest in masks_raw is the cause"
+        remedy = f"try fewer --workers; with 1, the image after the newest in {work.folder} is it"
         raise UserError(f"a worker died, killed or out of memory: {remedy}") from None
     finally:
         if pool:
@@ -169,50 +237,216 @@ def prepare_images(prepare: Callable, tasks: list[Task], pool, skipped: Skipped)
     return rows
 
 
+def refuse_nothing(rows: list[dict], classes: list[str], crowd: str, skipped: Skipped) -> None:
+    """Raise UserError, with the likely reason, where no mask holds a pixel of any class."""
+    if any(row["pixels"].keys() - {"0"} for row in rows):
+        return
+    instances, crowds = (any(row[key] for row in rows) for key in ("instances", "crowds"))
+    remedy = "; ".join(skipped.lines())
+    if skipped.annotations:
+        remedy += ". Masks need polygons or RLE, as in COCO's instances files"
+    if crowds and not instances and crowd != "class":
+        remedy = "all annotations are crowds (iscrowd 1): say --crowd class if they are instances"
+    found = "no mask holds a pixel of " + ", ".join(classes[1:9]) if rows else "no usable image"
+    other = "nothing is labelled so: try other --classes, or for masks --colors (as 255)"
+    raise UserError(f"{found}: {remedy or other}")
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A folder for masks and manifest, which take the places of those in `out` if all goes well:
+    until then, and if it does not, those of an earlier run stay as they are.
+
+    Raises UserError where `out` is in use, or holds what this script did not write.
+    """
+    manifest, work = out / "manifest.json", out / ".preparing"
+    with suppress(FileNotFoundError):
+        try:
+            ours = "ignore_index" in json.loads(manifest.read_bytes())
+        except (ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(f"{manifest} is not of prepare_masks.py: choose another --out")
+    for folder in FOLDERS:
+        if (out / folder).exists() and not (manifest.exists() or (out / ".lock").exists()):
+            raise UserError(f"{out / folder} is not of prepare_masks.py: choose another --out")
+    with common.locked(out):
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+        work.mkdir()
+        try:
+            yield work
+            manifest.unlink(missing_ok=True)  # its presence means that the masks are complete
+            for folder in FOLDERS:
+                if (out / folder).exists():
+                    os.rename(out / folder, work / f"{folder}.old")
+                os.rename(work / folder, out / folder)
+            os.rename(work / manifest.name, manifest)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped) -> list[Task]:
+    """A task for each image that has a mask of the same name below its own folder, but for the
+    endings of the stems, `suffixes`: the masks' and the images'."""
+
+    def stems(folder: Path, suffix: str, without: set) -> dict[str, str]:
+        found = {}
+        for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):
+            stem, end = os.path.splitext(name.replace(os.sep, "/"))
+            if not (end.lower() in kinds and stem.endswith(suffix)) or folder / name in without:
+                continue
+            other = found.setdefault(stem.removesuffix(suffix), name)
+            if other != name:
+                raise UserError(f"{folder}: {other} and {name} are of one name: move one away")
+        return found
+
+    kinds, folder = Image.registered_extensions(), source.folders[0]
+    masks = stems(source.path, suffixes[0], set())
+    taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
+    images = stems(folder, [*suffixes, ""][1], taken)
+    for stem in images.keys() - masks.keys():
+        skipped.add("images", "image without a mask", source.split, images[stem])
+    for stem in masks.keys() - images.keys():
+        skipped.add("annotations", "mask without an image", source.split, masks[stem])
+    tasks = []
+    for stem in sorted(images.keys() & masks.keys()):
+        file = Path(os.path.relpath(folder / images[stem], root)).as_posix()
+        names = (stem, source.split, file, f"{source.split}/{images[stem]}")
+        tasks.append(Task(*names, 0, 0, source.path / masks[stem], None))
+    return tasks
+
+
+def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[str], list[Task]]:
+    """The folder that holds all images, the classes by label, and a task for each image."""
+    if args.coco_root:
+        root = Path(os.path.abspath(args.coco_root))
+        sources = coco.find_sources(root, args.split)
+    else:
+        folders = [Path(os.path.abspath(folder)) for folder in args.images_dir]
+        root = Path(os.path.commonpath(folders))
+        paths = args.annotations or args.masks
+        sources = list(map(Source, args.split, paths, [[folder] for folder in folders]))
+    if args.masks:
+        classes = [BACKGROUND, *args.classes]
+        tasks = [
+            t for source in sources for t in mask_tasks(source, root, args.mask_suffix, skipped)
+        ]
+    else:
+        indexes, seen = [coco.read_index(source) for source in sources], {}
+        classes = coco.choose_classes(args.classes, indexes)
+        tasks = [t for i in indexes for t in coco.split_tasks(i, root, classes, skipped, seen)]
+    if len(sources) == 1:
+        tasks = [task._replace(mask=task.mask.removeprefix(f"{task.split}/")) for task in tasks]
+    names = mask_names([task.mask for task in tasks])
+    return root, classes, [task._replace(mask=name) for task, name in zip(tasks, names)]
+
+
+def paint_order(priority: list[str], classes: list[str]) -> list[int]:
+    """Labels from what is painted first to what wins. Raises UserError for an unknown name."""
+    if len(classes) > IGNORE_INDEX:
+        raise UserError(f"{len(classes) - 1} classes: at most {IGNORE_INDEX - 1} fit 8-bit masks")
+    for name in priority:
+        if name not in classes[1:] and priority != PRIORITY:
+            raise UserError(f"--priority names {name!r}, which --classes does not")
+    order = dict.fromkeys([name for name in priority if name in classes] + classes[1:])
+    return [classes.index(name) for name in reversed(order)]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     crowds = ["ignore", "class", "background"]
-    add = parser.add_argument
-    add("--coco-root", type=Path, required=True, help="holds annotations/ and the images")
+    group = parser.add_argument_group("input: one of the first three; but for a root, its images")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--coco-root", type=Path, help="holds annotation files and images as their tool wrote them")
+    add("--annotations", type=Path, nargs="+", metavar="FILE", help="COCO files, any layout")
+    add("--masks", type=Path, nargs="+", metavar="DIR", help="index or RGB masks, one per image")
+    add = group.add_argument
+    add("--images-dir", type=Path, nargs="+", metavar="DIR", help="images of each, or of all")
+    add("--split", nargs="+", help="names (default: val2017, else all that are found)")
+    add = parser.add_argument_group("masks").add_argument
     add("--out", type=Path, default=Path("data"), help="data directory to write")
-    add("--split", nargs="+", default=["val2017"], help="instances_<split>.json to read")
-    add("--classes", nargs="+", default=CLASSES, help="category names; labels 1, 2, ... in order")
+    classes = f"labels 1, 2, ... in order; all: every category (default: {' '.join(CLASSES)})"
+    add("--classes", nargs="+", help=classes)
     add("--priority", nargs="+", default=PRIORITY, help="wins overlaps; then the other classes")
     add("--crowd", choices=crowds, default="ignore", help="crowds become 255, their class, nothing")
+    add(
+        "--exif",
+        choices=["stored", "upright"],
+        help="the pixels that are annotated (default: seen)",
+    )
+    add("--colors", nargs="+", help="of --masks: each class's value, or colour as R,G,B or #RRGGBB")
+    add("--ignore", nargs="+", default=[], help="of --masks: values or colours that become 255")
+    suffixes = (
+        "of --masks: ending of their stems, and of the images' (_gtFine_labelIds _leftImg8bit)"
+    )
+    add("--mask-suffix", nargs="+", default=[""], help=suffixes)
+    add = parser.add_argument_group("run").add_argument
+    add("--check", action="store_true", help="decode every image, to find those that are cut off")
+    add("--strict", action="store_true", help="stop at the first thing that cannot be used")
     add("--workers", type=int, default=common.default_workers(), help="processes")
-    add("--strict", action="store_true", help="stop at the first annotation that cannot be used")
     return parser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Checked arguments. `classes` gets the background first, `priority` all the other classes."""
+    """Checked arguments; `split` and `images_dir` are as many as the files, `codes` a dict."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    paths = args.annotations or args.masks or []
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give 1 or more")
+    if bool(paths) != bool(args.images_dir):
+        parser.error("--images-dir belongs to --annotations and to --masks: give both")
+    if paths:
+        args.images_dir *= len(paths) if len(args.images_dir) == 1 else 1
+        args.split = args.split or [coco.split_name(path) for path in paths]
+        if not len(paths) == len(args.images_dir) == len(set(args.split)) == len(args.split):
+            files = "--annotations or --masks"
+            parser.error(f"give as many --images-dir (or one) and different --split as {files}")
+        if any(Path(split).name != split for split in args.split):
+            parser.error(f"--split {' '.join(args.split)}: give names without slashes")
+    if args.masks and not args.classes:
+        parser.error("--masks: say with --classes what the values 1, 2, ... are")
+    if not args.masks and (args.colors or args.ignore or any(args.mask_suffix)):
+        parser.error("--colors, --ignore and --mask-suffix belong to --masks")
+    args.classes = args.classes or CLASSES
     for flag, names in (("--classes", args.classes), ("--priority", args.priority)):
         for name in names:
             if names.count(name) > 1:
                 parser.error(f"{flag} names {name!r} twice: name each class once")
     if BACKGROUND in args.classes:
         parser.error(f"{BACKGROUND!r} is always label 0: leave it out of --classes")
-    if len(args.classes) >= IGNORE_INDEX:
-        parser.error(f"{len(args.classes)} classes: at most {IGNORE_INDEX - 1} fit 8-bit masks")
-    for name in args.priority:
-        if name not in args.classes and args.priority != PRIORITY:
-            parser.error(f"--priority names {name!r}, which --classes does not")
-    first = [name for name in args.priority if name in args.classes]
-    args.priority = first + [name for name in args.classes if name not in first]
-    args.classes = [BACKGROUND, *args.classes]
+    args.codes = mask_codes(parser, args) if args.masks else None
     return args
 
 
-def print_table(rows: list[dict], classes: list[str], skipped: Skipped) -> None:
+def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
+    """The label of each value, or (red, green, blue), that masks may hold."""
+
+    def parsed(text: str) -> int | tuple:
+        try:
+            color = f"rgb({text})" if "," in text else text
+            return int(text) if text.isdecimal() else ImageColor.getrgb(color)[:3]
+        except ValueError:
+            parser.error(f"{text!r} is neither a value nor a colour: give 7, 255,0,0 or #ff0000")
+
+    values = [parsed(text) for text in args.colors or map(str, range(1, len(args.classes) + 1))]
+    ignored = [parsed(text) for text in args.ignore]
+    if len(values) != len(args.classes):
+        parser.error(f"--colors: {len(values)} for {len(args.classes)} classes: give one for each")
+    if len({type(value) for value in values + ignored}) > 1:
+        parser.error("--colors and --ignore: give values or colours, not both")
+    plain = isinstance(values[0], int)
+    codes = {0: 0, IGNORE_INDEX: IGNORE_INDEX} if plain else {(0, 0, 0): 0}
+    codes |= dict.fromkeys(ignored, IGNORE_INDEX)
+    return codes | {value: label for label, value in enumerate(values, start=1)}
+
+
+def print_table(rows: list[dict], classes: list[str]) -> None:
     """Images, instances, crowds, pixels and share of the labelled pixels, a line per class."""
-    counted = ("pixels", "instances", "crowds", "ignored")
-    pixels, instances, crowds, ignored = (np.array([row[key] for row in rows]) for key in counted)
-    images = (instances + crowds > 0).sum(axis=0)
+    counted = ("pixels", "instances", "crowds")
+    pixels, instances, crowds = (common.count_matrix(rows, key, len(classes)) for key in counted)
+    images = ((pixels > 0) | (instances > 0) | (crowds > 0)).sum(axis=0)
     share = pixels.sum(axis=0) / max(pixels.sum(), 1)
     line = "{:<16}{:>9}{:>11}{:>8}{:>15}{:>9}".format
     print(line("class", "images", "instances", "crowds", "pixels", "share"))
@@ -220,46 +454,41 @@ def print_table(rows: list[dict], classes: list[str], skipped: Skipped) -> None:
         columns = (images, instances.sum(axis=0), crowds.sum(axis=0))
         counts = [column[label] for column in columns] if label else [len(rows), "", ""]
         print(line(name, *counts, pixels[:, label].sum(), f"{share[label]:.2%}"))
+    ignored = np.array([row["ignored"] for row in rows])
     print(line("(ignored)", (ignored > 0).sum(), "", "", ignored.sum(), ""))
-    for reason, count in skipped.reasons.most_common():
-        print(f"skipped {count}: {reason}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Index the annotations, paint the masks, write the manifest, print the table."""
     args = parse_args(argv)
-    root, splits = args.coco_root.resolve(), list(dict.fromkeys(args.split))
-    if not root.is_dir():
-        raise UserError(f"no folder {args.coco_root}: give the COCO root with --coco-root")
     pool = start_pool(args.workers) if args.workers > 1 else None
-    skipped, masks, tasks = Skipped(args.strict), set(), []
-    for split in splits:
-        tasks += index_split(root, split, args.classes, masks, skipped)
-
-    for folder in ("masks_raw", "masks_colored"):
-        (args.out / folder).mkdir(parents=True, exist_ok=True)
-    (args.out / "manifest.json").unlink(missing_ok=True)  # before a mask is touched
-    paint_order = [args.classes.index(name) for name in reversed(args.priority)]
-    colors = tuple(common.class_colors(len(args.classes)))
-    shared = {"out": args.out, "colors": colors, "paint_order": paint_order, "crowd": args.crowd}
-    rows = prepare_images(partial(prepare_image, **shared), tasks, pool, skipped)
-    if not rows:
-        raise UserError(f"no usable image in {root} for {', '.join(splits)}")
-    content = {
-        "version": common.MANIFEST_VERSION,
-        "root": str(root),
-        "splits": splits,
-        "classes": args.classes,
-        "colors": colors,
-        "ignore_index": IGNORE_INDEX,
-        "ignore_color": common.IGNORE_COLOR,
-        "priority": args.priority,
-        "crowd": args.crowd,
-        "skipped": skipped.rows,
-        "images": rows,
-    }
-    common.write_text(args.out / "manifest.json", json.dumps(content))
-    print_table(rows, args.classes, skipped)
+    skipped = Skipped(args.strict)
+    root, classes, tasks = find_tasks(args, skipped)
+    order, colors = paint_order(args.priority, classes), tuple(common.class_colors(len(classes)))
+    with replacing(args.out) as folder:
+        work = Work(root, folder, colors, order, args.crowd, args.exif, args.check, args.codes)
+        rows = prepare_images(tasks, work, pool, skipped)
+        refuse_nothing(rows, classes, args.crowd, skipped)
+        turned = {row["split"] for row in rows if row.pop("turned")}
+        splits = dict.fromkeys(task.split for task in tasks)
+        content = {
+            "version": common.MANIFEST_VERSION,
+            "root": str(root),
+            "splits": list(splits),
+            "classes": classes,
+            "colors": colors,
+            "ignore_index": IGNORE_INDEX,
+            "ignore_color": common.IGNORE_COLOR,
+            "priority": [classes[label] for label in reversed(order)],
+            "crowd": args.crowd,
+            "exif": {s: args.exif or ("upright" if s in turned else "stored") for s in splits},
+            "skipped": {"images": skipped.images, "annotations": skipped.annotations},
+            "images": rows,
+        }
+        common.write_text(folder / "manifest.json", json.dumps(content))
+    print_table(rows, classes)
+    for line in skipped.lines():
+        print(f"skipped {line}", file=sys.stderr)
     print(f"{len(rows)} masks in {args.out}")
 
 

@@ -39,7 +39,7 @@ LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
 # What a resumed run may change; of the first two the product is checked, the images of a step.
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
-FREE_ARGUMENTS |= {"save_every", "wandb", "out", "resume"}
+FREE_ARGUMENTS |= {"save_every", "wandb", "out", "resume", "coco_root"}
 WANDB_LIMITS = {"init_timeout": 60, "finish_timeout": 180, "finish_timeout_raises": True}
 PROGRESS = ("epoch", "batch", "step", "best", "history")  # of a Run, in its checkpoints
 
@@ -69,8 +69,10 @@ class Run:
         self.loss_sum, self.checked_step = torch.zeros((), device=device), 0
         self.signal, self.wandb, self.wandb_id = None, None, None
 
-        self.manifest = manifest = common.load_manifest(args.data)
-        train_indices, self.val_indices = dataset.split_indices(manifest, args.seed, args.val_split)
+        self.manifest = manifest = common.load_manifest(args.data, args.coco_root)
+        how = (args.seed, args.val_split, args.group)
+        train_indices, self.val_indices = dataset.split_indices(manifest, *how)
+        self.upright = bool(manifest.upright[train_indices].mean() > 0.5)
         self.rare = dataset.rare_classes(manifest, train_indices, args.rare)
         if args.oversample > 1 and not self.rare:
             raise UserError("--oversample: no class is in fewer than 5% of the images: use --rare")
@@ -84,6 +86,8 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
         torch.backends.cudnn.benchmark = True
         pixels = manifest.pixels[train_indices].sum(axis=0)
+        if not pixels[1:].any():
+            raise UserError(f"no training image of {args.data} holds a pixel of any class")
         weight = class_weights(pixels) if args.weighted else torch.ones(len(pixels))
         self.named_weights = dict(zip(manifest.classes, weight.tolist())) if args.weighted else None
         torch.manual_seed(args.seed)
@@ -111,6 +115,8 @@ class Run:
         counts = f"{len(train_indices)} training and {len(self.val_indices)} validation images"
         print(f"{counts}, {batches.images_per_step} images per step")
         print("pixels:", ", ".join(f"{n} {s:.2%}" for n, s in zip(classes, shares)))
+        if not self.manifest.pixels[self.val_indices, 1:].any():
+            print("warning: no validation image holds a pixel of any class: there is no best.pt")
         if args.oversample > 1:
             repeated = f"{', '.join(self.rare)} {args.oversample} times per epoch"
             print(f"images with {repeated}: {len(batches.indices)} images in all")
@@ -247,6 +253,7 @@ class Run:
             "classes": self.manifest.classes,
             "colors": [list(color) for color in self.manifest.colors],
             "val_ids": self.manifest.keys(self.val_indices),
+            "upright": self.upright,
             "fingerprint": self.manifest.fingerprint,
             "images_per_step": self.batches.images_per_step,
             "class_weights": self.named_weights,
@@ -359,7 +366,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data", help="what prepare_masks.py wrote")
+    add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
     add("--val-split", metavar="NAME", help="split that validates, not a fifth of all images")
+    add("--group", metavar="REGEX", help="keep together what it matches alike in the file name")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
     add("--oversample", type=int, default=1, metavar="N", help="rare images N times per epoch")
     add("--rare", nargs="+", metavar="CLASS", help="rare classes, instead of those in under 5%%")

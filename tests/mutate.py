@@ -88,7 +88,7 @@ def check(out: Path, work: Path) -> None:
         with Image.open(out / "masks_colored" / name) as image:
             assert image.size == mask.shape[::-1]
     assert sorted(path.name for path in work.iterdir()) == ["data", "root"]
-    allowed = {"manifest.json", "masks_raw", "masks_colored"}
+    allowed = {".lock", "manifest.json", "masks_raw", "masks_colored"}
     assert {path.name for path in out.iterdir()} == allowed
 
 

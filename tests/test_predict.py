@@ -49,10 +49,10 @@ def lively(checkpoint, tmp_path_factory):
     return random_checkpoint(path, checkpoint, classes, 40)
 
 
-def run(checkpoint, out, *images, batch_size=4):
+def run(checkpoint, out, *images, batch_size=4, flags=()):
     """Run predict's main in this process; the masks by stem, and the exit code."""
     arguments = ["--ckpt", checkpoint, "--out", out, "--batch-size", batch_size, "--device", "cpu"]
-    code = predict.main([str(a) for a in [*arguments, "--images", *images]])
+    code = predict.main([str(a) for a in [*arguments, *flags, "--images", *images]])
     masks = {}
     for path in sorted((out / "masks_raw").iterdir()):
         with Image.open(path) as mask:
@@ -229,7 +229,7 @@ def test_a_mask_for_every_kind_of_file(lively, tmp_path, capsys):
         path.rename(images / f"{number}{path.suffix}")
     for orientation in STORED:
         save_turned(images / f"turned{orientation}.jpg", orientation, quality=98, subsampling=0)
-    masks, code = run(lively, tmp_path / "out", images)
+    masks, code = run(lively, tmp_path / "out", images, flags=["--exif", "upright"])
     assert code == 0
     assert len(masks) == len(FILES) + len(STORED)
     assert {mask.shape for mask in masks.values()} == {(24, 40)}
@@ -238,6 +238,9 @@ def test_a_mask_for_every_kind_of_file(lively, tmp_path, capsys):
     for orientation in STORED:  # but for what JPEG makes of the turned blocks
         assert (masks[f"turned{orientation}"] == first).mean() > 0.95
     assert f"images: {len(masks)}, skipped files: 0" in capsys.readouterr().out
+    # COCO annotates pixels as stored, and so the network was trained.
+    masks, _ = run(lively, tmp_path / "stored", images / "turned6.jpg")
+    assert masks["turned6"].shape == (40, 24)
 
 
 def test_what_has_no_scale_is_refused(tmp_path):

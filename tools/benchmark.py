@@ -1,6 +1,7 @@
 """Each stage beside a baseline, the way that most scripts do it: medians, ratios to the first row.
 
     python tools/benchmark.py masks --coco-root coco --split val2017 --images 5000
+    python tools/benchmark.py index --coco-root coco --split val2017 --images 118287
     python tools/benchmark.py train --data data --model deeplab --size 512
     python tools/benchmark.py metric --classes 5 21
 
@@ -23,9 +24,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import coco
 import common
 import prepare_masks
-from coco import image_folder, read_annotations
 
 
 def alone(function: Callable, *arguments: object) -> list[float]:
@@ -51,11 +52,12 @@ def measure(stage: Callable[..., Iterator[int]], *arguments: object) -> list[flo
 
 def repeat_images(coco_root: Path, split: str, count: int, root: Path) -> None:
     """Write a COCO root of `count` images: a real one's over and over, as links to one copy."""
-    folder = image_folder(coco_root, split)
-    content = read_annotations(coco_root / "annotations" / f"instances_{split}.json")
+    (source,) = coco.find_sources(coco_root, [split])
+    content = json.loads(source.path.read_bytes())
     for name in ("annotations", "repeated"):
         (root / name).mkdir(parents=True)
     images, annotations, originals = [], [], content["images"]
+    folder = coco.locate([image["file_name"] for image in originals], source.folders)[0]
     for name in [image["file_name"] for image in originals[:count]]:
         (root / "repeated" / name).write_bytes((folder / name).read_bytes())
     for number in range(count):
@@ -67,6 +69,7 @@ def repeat_images(coco_root: Path, split: str, count: int, root: Path) -> None:
         for number in range(first[annotation["image_id"]], count, len(originals)):
             annotations.append({**annotation, "id": len(annotations), "image_id": number})
     content |= {"images": images, "annotations": annotations}
+    content["categories"] = content.pop("categories")  # last, as in the official files
     (root / "annotations" / "instances_repeated.json").write_text(json.dumps(content))
 
 
@@ -74,9 +77,7 @@ def masks(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
     """Masks in labels and in colours. Baseline: each instance decoded and painted by itself."""
     root, out = Path(args.work, str(count)), Path(tempfile.mkdtemp(dir=args.work))
     yield count
-    if method == "json.load alone":
-        read_annotations(root / "annotations" / "instances_repeated.json")
-    elif method != "baseline":
+    if method != "baseline":
         line = ["--coco-root", str(root), "--split", "repeated", "--out", str(out)]
         prepare_masks.main([*line, *method.split()[1:]])
     else:
@@ -93,6 +94,19 @@ def masks(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
                     colored[..., channel][instance] = colors[label][channel]
             Image.fromarray(mask).save(out / f"raw_{image['id']}.png")
             Image.fromarray(colored).save(out / f"colored_{image['id']}.png")
+
+
+def index(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
+    """What to do for each image, before any mask is painted. Baseline: json.load of the file."""
+    (source,) = coco.find_sources(root := Path(args.work, str(count)), ["repeated"])
+    yield count
+    if method == "baseline":
+        with open(source.path) as file:
+            json.load(file)
+    else:
+        found = coco.read_index(source)
+        classes = coco.choose_classes(prepare_masks.CLASSES, [found])
+        assert len(coco.split_tasks(found, root, classes, coco.Skipped(), {})) == count
 
 
 def train(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
@@ -151,6 +165,7 @@ def metric(method: str, classes: int, _: argparse.Namespace) -> Iterator[int]:
 # What does it, what it counts, the flag with a table per value, ours and its flag with a row each.
 STAGES = {
     "masks": (masks, "image", "images", "prepare_masks.py", "workers"),
+    "index": (index, "image", "images", "prepare_masks.py", None),
     "train": (train, "image", "size", "train.py", "amp"),
     "metric": (metric, "image", "classes", "evaluate.py", None),
 }
@@ -163,9 +178,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("stage", choices=STAGES, help="what to measure")
     add("--repeats", type=int, default=3, help="runs of each, of which the median counts")
     add("--workers", type=int, nargs="+", default=[1, common.default_workers()], help="processes")
-    add("--coco-root", type=Path, default="coco", help="masks: real images and annotations")
-    add("--split", default="val2017", help="masks: instances_<split>.json to repeat")
-    add("--images", type=int, nargs="+", default=[5000], help="masks: how many to make of them")
+    add("--coco-root", type=Path, default="coco", help="masks, index: real images and annotations")
+    add("--split", default="val2017", help="masks, index: instances_<split>.json to repeat")
+    add(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[5000],
+        help="masks, index: how many to make of them",
+    )
     for flag, default in {"data": "data", "model": "unet", "width": 64, "batch-size": 8}.items():
         add(f"--{flag}", default=default, help="train: as train.py has it")
     add("--size", type=int, nargs="+", default=[512], help="train: as train.py has it")
@@ -182,13 +203,12 @@ def main(argv: list[str] | None = None) -> None:
     stage, item, flag, script, varied = STAGES[args.stage]
     ours = [f"{script} --{varied} {x}" for x in getattr(args, varied)] if varied else [script]
     heads, repeats = ["seconds", f"{item}s/s", f"ms/{item}", "ratio"], range(args.repeats)
-    heads += ["parent MB", "worker MB"] if stage is masks else []
+    heads += ["parent MB", "worker MB"] if stage in (masks, index) else []
     with tempfile.TemporaryDirectory() as args.work:
         for value in getattr(args, flag):
             methods = ["baseline", *ours]
-            if stage is masks:
+            if stage in (masks, index):
                 alone(repeat_images, args.coco_root, args.split, value, Path(args.work, str(value)))
-                methods.append("json.load alone")
             runs = [[alone(measure, stage, m, value, args) for m in methods] for _ in repeats]
             rate, seconds, parent, worker = np.median(runs, axis=0).T
             columns = [seconds, rate, 1000 / rate, rate / rate[0], parent, worker]
