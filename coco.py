@@ -224,11 +224,8 @@ class Skipped:
 
     def lines(self) -> list[str]:
         """A line for each reason."""
-        return [
-            f"{entry['count']} {kind}: {reason} (first: {entry['examples'][0]['image']})"
-            for kind in ("images", "annotations")
-            for reason, entry in getattr(self, kind).items()
-        ]
+        reasons = [*self.images.items(), *self.annotations.items()]
+        return [f"{e['count']} x {r} (first: {e['examples'][0]['image']})" for r, e in reasons]
 
 
 class JsonText:
@@ -313,8 +310,7 @@ def walk(file: BinaryIO) -> Iterator[tuple[str, object, int, int]]:
 def read_index(source: Source) -> Index:
     """What is to be known of an annotation file. Raises UserError if missing, damaged, or of a
     category id that two names share."""
-    images, annotations, categories = [], ([], [], array("q")), []
-    image_ids, category_ids, places = annotations
+    names, images, image_ids, category_ids, places = {}, [], [], [], array("q")
     lists = set()
     try:
         with open(source.path, "rb") as file:
@@ -329,14 +325,19 @@ def read_index(source: Source) -> Index:
                     places.extend((start, end))
                 elif key == "images":
                     images.append(_image_row(fields))
-                elif key == "categories":
-                    categories.append((identifier(fields.get("id")), fields.get("name")))
+                elif key == "categories" and isinstance(fields.get("name"), str | int | float):
+                    id_, name = identifier(fields.get("id")), str(fields["name"])
+                    if names.setdefault(id_, name) != name:
+                        raise ValueError(f"category {id_} is both {names[id_]!r} and {name!r}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {source.path} ({error}): export it again") from None
+        raise UserError(
+            f"cannot read {source.path} ({error}): mend it, or export it again"
+        ) from None
     for key in ("images", "annotations", "categories"):
         if key not in lists:
             raise UserError(f"{source.path} has no list {key!r}: it is not a COCO instances file")
-    return Index(source, _category_names(categories, source.path), images, *annotations)
+    names.pop(None, None)  # of a category without an id
+    return Index(source, names, images, image_ids, category_ids, places)
 
 
 def _image_row(image: dict) -> tuple:
@@ -346,17 +347,6 @@ def _image_row(image: dict) -> tuple:
         name = "/".join(image["coco_url"].split("/")[-2:])
     height, width = (max(0, whole(image.get(side)) or 0) for side in ("height", "width"))
     return identifier(image.get("id")), name, height, width
-
-
-def _category_names(categories: list[tuple], path: Path) -> dict[int | str, str]:
-    names = {}
-    for id_, name in categories:
-        if id_ is None or not isinstance(name, str | int | float):
-            continue
-        if names.setdefault(id_, str(name)) != str(name):
-            both = f"{names[id_]!r} and {name!r}"
-            raise UserError(f"{path}: category {id_} is both {both}: give each an id of its own")
-    return names
 
 
 def choose_classes(wanted: list[str], indexes: list[Index]) -> list[str]:
@@ -514,7 +504,7 @@ def split_tasks(
             skipped.add("images", str(reason), split, name)
     folder, found = locate([row[1] for row in rows], folders)
     prefix = Path(os.path.relpath(folder, root)).as_posix()
-    files, missing = {}, 0
+    files, missing = {}, []
     for (id_, name, height, width), below in zip(rows, found):
         owner = owners.setdefault(id_, below or name)
         if owner != (below or name):
@@ -526,18 +516,16 @@ def split_tasks(
         elif below:
             reason = _fault(folder / below, split, (id_, below), seen)
         if reason:
-            missing += reason == "image file is missing"
+            missing += [folder / name] if reason == "image file is missing" else []
             skipped.add("images", reason, split, name)
         else:
             file = f"{prefix}/{below}".removeprefix("./")
             tasks[id_] = files[below] = Task(
                 id_, split, file, f"{split}/{below}", height, width, source, []
             )
-    if missing * 2 > len(rows):
-        count = f"{missing:,} of the {len(rows):,} images of {split} are missing"
-        raise UserError(
-            f"{count} (first: {folder / rows[found.index(None)][1]}): is it the right folder?"
-        )
+    if len(missing) * 2 > len(rows):
+        count = f"{len(missing):,} of the {len(rows):,} images of {split} are missing"
+        raise UserError(f"{count} (first: {missing[0]}): is it the right folder?")
     _add_annotations(index, classes, owners, tasks, skipped)
     return list(files.values())
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -40,7 +41,7 @@ class Manifest:
 
     `classes` and `colors` are indexed by label, 0 is the background. `pixels` is (N, C) int32,
     `sizes` (N, 2) int64: height, width. `upright` says where EXIF is to be applied, `checksums` are
-    of the masks' labels. `fingerprint` identifies classes, images and masks, whatever their order.
+    of the masks' labels. `fingerprint` identifies classes, images and masks.
     """
 
     data: Path
@@ -65,15 +66,6 @@ class Manifest:
         return [[str(self.splits[index]), str(self.ids[index])] for index in indices]
 
 
-def count_matrix(rows: list[dict], key: str, classes: int) -> np.ndarray:
-    """(N, C) int32 of the {label: count} that each of N rows holds under a key."""
-    matrix = np.zeros((len(rows), classes), dtype=np.int32)
-    for counts, row in zip(matrix, rows):
-        for label, count in row[key].items():
-            counts[int(label)] = count
-    return matrix
-
-
 def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
     """Read `data`/manifest.json. Raises UserError if missing, damaged or of another version.
 
@@ -83,34 +75,40 @@ def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
     path = Path(data) / "manifest.json"
     remedy = f"run prepare_masks.py --coco-root ROOT --out {data}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         version, classes, images = (content[key] for key in ("version", "classes", "images"))
-        images = sorted(images, key=lambda row: (row["split"], str(row["id"])))
         root = root or content["root"]
         if not Path(root).is_dir():
             root = os.environ.get("COCO_ROOT", root)
         if version != MANIFEST_VERSION or not images:
             raise ValueError(f"format version {version}, {len(images)} images")
 
-        def column(key, dtype):
+        def read(key, dtype):
             return np.array([image[key] for image in images], dtype=dtype)
 
-        keys = ("split", "id", "height", "width", "checksum")
-        identity = [[str(image[key]) for key in keys] for image in images]
+        ids, splits = read("id", np.str_), read("split", np.str_)
+        sizes = np.stack([read(side, np.int64) for side in ("height", "width")], axis=1)
+        checksums = read("checksum", np.int64)
+        held = [image["pixels"] for image in images]
+        rows = np.repeat(np.arange(len(held)), [len(counts) for counts in held])
+        labels = np.fromiter(map(int, chain.from_iterable(held)), np.int64)
+        pixels = np.zeros((len(images), len(classes)), dtype=np.int32)
+        pixels[rows, labels] = list(chain.from_iterable(counts.values() for counts in held))
+        identity = b"".join(column.tobytes() for column in (splits, ids, sizes, checksums))
         return Manifest(
             data=Path(data),
             root=Path(root),
             classes=classes,
             colors=[tuple(color) for color in content["colors"]],
-            ids=column("id", np.str_),
-            splits=column("split", np.str_),
-            files=column("file", np.str_),
-            masks=column("mask", np.str_),
-            sizes=np.stack([column(side, np.int64) for side in ("height", "width")], axis=1),
-            upright=np.array([content["exif"][image["split"]] == "upright" for image in images]),
-            checksums=column("checksum", np.int64),
-            pixels=count_matrix(images, "pixels", len(classes)),
-            fingerprint=hashlib.sha256(json.dumps([classes, *identity]).encode()).hexdigest(),
+            ids=ids,
+            splits=splits,
+            files=read("file", np.str_),
+            masks=read("mask", np.str_),
+            sizes=sizes,
+            upright=np.array([content["exif"][split] == "upright" for split in splits.tolist()]),
+            checksums=checksums,
+            pixels=pixels,
+            fingerprint=hashlib.sha256(json.dumps(classes).encode() + identity).hexdigest(),
         )
     except FileNotFoundError:
         raise UserError(f"no manifest at {path}: {remedy}") from None

@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -169,9 +169,10 @@ def read_places(path: Path, places: list[tuple]) -> list[tuple[int, dict]]:
 
 
 def prepare_image(task: Task, work: Work) -> dict:
-    """Write one image's masks and return its manifest row, or {"unusable": reason}; both hold
-    "skipped", its (annotation id, reason) pairs, and rows "turned", what EXIF does to it."""
-    skipped, counted = [], {"instances": {}, "crowds": {}}
+    """Write one image's masks. Returns what the manifest's row says, with what does not stay in it:
+    "counts" of instances and crowds, whether EXIF has "turned" it, and "skipped", (annotation id,
+    reason) pairs; or these and why the image is "unusable"."""
+    skipped, counts = [], {"instances": {}, "crowds": {}}
     size, mask = (task.height, task.width), None
     try:
         if task.annotations is None:
@@ -180,7 +181,7 @@ def prepare_image(task: Task, work: Work) -> dict:
         height, width, turned = check_image(work.root / task.file, *size, work)
         if task.annotations:
             annotations = read_places(task.source, task.annotations)
-            layers, counted = encode_layers(annotations, height, width, work.crowd, skipped)
+            layers, counts = encode_layers(annotations, height, width, work.crowd, skipped)
             mask = paint(layers, work.paint_order, height, width) if layers else None
     except Unusable as reason:
         return {"unusable": str(reason), "skipped": skipped}
@@ -192,8 +193,8 @@ def prepare_image(task: Task, work: Work) -> dict:
         with atomic_write(path, sync=False) as file:
             file.write(content)
     row = {"id": task.id, "split": task.split, "file": task.file, "mask": task.mask}
-    row |= {"height": height, "width": width, **files[2], **counted}
-    return row | {"skipped": skipped, "turned": turned}
+    row |= {"height": height, "width": width, **files[2]}
+    return row | {"counts": counts, "turned": turned, "skipped": skipped}
 
 
 def _start_worker() -> None:
@@ -215,9 +216,12 @@ def start_pool(workers: int) -> ProcessPoolExecutor:
     return pool
 
 
-def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> list[dict]:
-    """The manifest's rows of the usable images; what could not be used is added to `skipped`."""
-    prepare, rows = partial(prepare_image, work=work), []
+def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tuple:
+    """The manifest's rows of the usable images; by label the images, instances, crowds and pixels
+    of each class; and the splits of which EXIF has turned an image. What could not be used is added
+    to `skipped`."""
+    prepare, rows, turned = partial(prepare_image, work=work), [], set()
+    totals = {name: Counter() for name in ("images", "instances", "crowds", "pixels")}
     results = pool.map(prepare, tasks, chunksize=16) if pool else map(prepare, tasks)
     progress = tqdm(results, total=len(tasks), unit="image", disable=None)
     try:
@@ -226,28 +230,33 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> lis
                 skipped.add("annotations", reason, task.split, task.file, annotation_id)
             if "unusable" in row:
                 skipped.add("images", row["unusable"], task.split, task.file)
-            else:
-                rows.append(row)
+                continue
+            counts = row.pop("counts") | {"pixels": row["pixels"]}
+            for name, count in counts.items():
+                totals[name].update(count)
+            totals["images"].update(set().union(*counts.values()))
+            turned |= {task.split} if row.pop("turned") else set()
+            rows.append(row)
     except BrokenProcessPool:
         remedy = f"try fewer --workers; with 1, the image after the newest in {work.folder} is it"
         raise UserError(f"a worker died, killed or out of memory: {remedy}") from None
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-    return rows
+    return rows, totals, turned
 
 
-def refuse_nothing(rows: list[dict], classes: list[str], crowd: str, skipped: Skipped) -> None:
+def refuse_nothing(totals: dict, classes: list[str], crowd: str, skipped: Skipped) -> None:
     """Raise UserError, with the likely reason, where no mask holds a pixel of any class."""
-    if any(row["pixels"].keys() - {"0"} for row in rows):
+    if totals["pixels"].keys() - {"0"}:
         return
-    instances, crowds = (any(row[key] for row in rows) for key in ("instances", "crowds"))
     remedy = "; ".join(skipped.lines())
     if skipped.annotations:
         remedy += ". Masks need polygons or RLE, as in COCO's instances files"
-    if crowds and not instances and crowd != "class":
+    if totals["crowds"] and not totals["instances"] and crowd != "class":
         remedy = "all annotations are crowds (iscrowd 1): say --crowd class if they are instances"
-    found = "no mask holds a pixel of " + ", ".join(classes[1:9]) if rows else "no usable image"
+    found = "no mask holds a pixel of " + ", ".join(classes[1:9])
+    found = found if totals["pixels"] else "no usable image"
     other = "nothing is labelled so: try other --classes, or for masks --colors (as 255)"
     raise UserError(f"{found}: {remedy or other}")
 
@@ -260,16 +269,13 @@ def replacing(out: Path) -> Iterator[Path]:
     Raises UserError where `out` is in use, or holds what this script did not write.
     """
     manifest, work = out / "manifest.json", out / ".preparing"
-    with suppress(FileNotFoundError):
-        try:
-            ours = "ignore_index" in json.loads(manifest.read_bytes())
-        except (ValueError, TypeError):
-            ours = False
-        if not ours:
-            raise UserError(f"{manifest} is not of prepare_masks.py: choose another --out")
-    for folder in FOLDERS:
-        if (out / folder).exists() and not (manifest.exists() or (out / ".lock").exists()):
-            raise UserError(f"{out / folder} is not of prepare_masks.py: choose another --out")
+    try:
+        ours = b'"ignore_index"' in manifest.read_bytes()
+    except FileNotFoundError:
+        ours = (out / ".lock").exists() or not any((out / folder).exists() for folder in FOLDERS)
+    if not ours:
+        what = f"{out} holds a manifest.json or masks that are not of prepare_masks.py"
+        raise UserError(f"{what}: choose another --out")
     with common.locked(out):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir()
@@ -328,13 +334,13 @@ def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[s
         sources = list(map(Source, args.split, paths, [[folder] for folder in folders]))
     if args.masks:
         classes = [BACKGROUND, *args.classes]
-        tasks = [
-            t for source in sources for t in mask_tasks(source, root, args.mask_suffix, skipped)
-        ]
+        suffixes = args.mask_suffix
+        tasks = [task for s in sources for task in mask_tasks(s, root, suffixes, skipped)]
     else:
         indexes, seen = [coco.read_index(source) for source in sources], {}
         classes = coco.choose_classes(args.classes, indexes)
-        tasks = [t for i in indexes for t in coco.split_tasks(i, root, classes, skipped, seen)]
+        rest = (root, classes, skipped, seen)
+        tasks = [task for index in indexes for task in coco.split_tasks(index, *rest)]
     if len(sources) == 1:
         tasks = [task._replace(mask=task.mask.removeprefix(f"{task.split}/")) for task in tasks]
     names = mask_names([task.mask for task in tasks])
@@ -370,16 +376,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--classes", nargs="+", help=classes)
     add("--priority", nargs="+", default=PRIORITY, help="wins overlaps; then the other classes")
     add("--crowd", choices=crowds, default="ignore", help="crowds become 255, their class, nothing")
-    add(
-        "--exif",
-        choices=["stored", "upright"],
-        help="the pixels that are annotated (default: seen)",
-    )
+    exif = "which pixels were annotated (default: as the stated sizes show)"
+    add("--exif", choices=["stored", "upright"], help=exif)
     add("--colors", nargs="+", help="of --masks: each class's value, or colour as R,G,B or #RRGGBB")
     add("--ignore", nargs="+", default=[], help="of --masks: values or colours that become 255")
-    suffixes = (
-        "of --masks: ending of their stems, and of the images' (_gtFine_labelIds _leftImg8bit)"
-    )
+    suffixes = "of --masks: how their stems end, and how those of the images end"
     add("--mask-suffix", nargs="+", default=[""], help=suffixes)
     add = parser.add_argument_group("run").add_argument
     add("--check", action="store_true", help="decode every image, to find those that are cut off")
@@ -442,20 +443,16 @@ def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dic
     return codes | {value: label for label, value in enumerate(values, start=1)}
 
 
-def print_table(rows: list[dict], classes: list[str]) -> None:
+def print_table(rows: list[dict], totals: dict[str, Counter], classes: list[str]) -> None:
     """Images, instances, crowds, pixels and share of the labelled pixels, a line per class."""
-    counted = ("pixels", "instances", "crowds")
-    pixels, instances, crowds = (common.count_matrix(rows, key, len(classes)) for key in counted)
-    images = ((pixels > 0) | (instances > 0) | (crowds > 0)).sum(axis=0)
-    share = pixels.sum(axis=0) / max(pixels.sum(), 1)
     line = "{:<16}{:>9}{:>11}{:>8}{:>15}{:>9}".format
-    print(line("class", "images", "instances", "crowds", "pixels", "share"))
+    print(line("class", *totals, "share"))
     for label, name in enumerate(classes):
-        columns = (images, instances.sum(axis=0), crowds.sum(axis=0))
-        counts = [column[label] for column in columns] if label else [len(rows), "", ""]
-        print(line(name, *counts, pixels[:, label].sum(), f"{share[label]:.2%}"))
-    ignored = np.array([row["ignored"] for row in rows])
-    print(line("(ignored)", (ignored > 0).sum(), "", "", ignored.sum(), ""))
+        counts = [total[str(label)] for total in totals.values()]
+        counts = counts if label else [len(rows), "", "", counts[-1]]
+        print(line(name, *counts, f"{counts[-1] / totals['pixels'].total():.2%}"))
+    ignored = [row["ignored"] for row in rows if row["ignored"]]
+    print(line("(ignored)", len(ignored), "", "", sum(ignored), ""))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -467,9 +464,8 @@ def main(argv: list[str] | None = None) -> None:
     order, colors = paint_order(args.priority, classes), tuple(common.class_colors(len(classes)))
     with replacing(args.out) as folder:
         work = Work(root, folder, colors, order, args.crowd, args.exif, args.check, args.codes)
-        rows = prepare_images(tasks, work, pool, skipped)
-        refuse_nothing(rows, classes, args.crowd, skipped)
-        turned = {row["split"] for row in rows if row.pop("turned")}
+        rows, totals, turned = prepare_images(tasks, work, pool, skipped)
+        refuse_nothing(totals, classes, args.crowd, skipped)
         splits = dict.fromkeys(task.split for task in tasks)
         content = {
             "version": common.MANIFEST_VERSION,
@@ -483,10 +479,10 @@ def main(argv: list[str] | None = None) -> None:
             "crowd": args.crowd,
             "exif": {s: args.exif or ("upright" if s in turned else "stored") for s in splits},
             "skipped": {"images": skipped.images, "annotations": skipped.annotations},
-            "images": rows,
+            "images": sorted(rows, key=lambda row: (row["split"], str(row["id"]))),
         }
         common.write_text(folder / "manifest.json", json.dumps(content))
-    print_table(rows, classes)
+    print_table(rows, totals, classes)
     for line in skipped.lines():
         print(f"skipped {line}", file=sys.stderr)
     print(f"{len(rows)} masks in {args.out}")

@@ -240,6 +240,7 @@ def test_a_resumed_run_keeps_its_wandb_id(data, tmp_path):
     flags = ["--data", str(data), *TINY[:-2], "--wandb", "offline", "--model", "unet"]
     train.main([*flags, "--epochs", "1", "--out", str(out)])
     first = load_checkpoint(out / "last.pt")["wandb_id"]
+    time.sleep(1)  # W&B names a run's folder after the second in which it starts
     train.main(["--resume", str(out / "last.pt"), "--epochs", "2"])
     assert load_checkpoint(out / "last.pt")["wandb_id"] == first is not None
     assert len(list((out / "wandb").glob(f"offline-run-*-{first}"))) == 2
