@@ -268,7 +268,7 @@ def replacing(out: Path) -> Iterator[Path]:
 
     Raises UserError where `out` is in use, or holds what this script did not write.
     """
-    manifest, work = out / "manifest.json", out / ".preparing"
+    manifest, work, new = out / "manifest.json", out / ".preparing", not out.exists()
     try:
         ours = b'"ignore_index"' in manifest.read_bytes()
     except FileNotFoundError:
@@ -288,7 +288,7 @@ def replacing(out: Path) -> Iterator[Path]:
                 os.rename(work / folder, out / folder)
             os.rename(work / manifest.name, manifest)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(out if new and not manifest.exists() else work, ignore_errors=True)
 
 
 def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped) -> list[Task]:
@@ -304,6 +304,8 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
             other = found.setdefault(stem.removesuffix(suffix), name)
             if other != name:
                 raise UserError(f"{folder}: {other} and {name} are of one name: move one away")
+        if not found:
+            raise UserError(f"no image files *{suffix} below {folder}: give another folder")
         return found
 
     kinds, folder = Image.registered_extensions(), source.folders[0]

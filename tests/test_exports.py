@@ -463,7 +463,7 @@ def test_a_file_of_which_nothing_can_be_used_is_refused(tmp_path, refuse):
     outside = sentence(person(1, polygon(50, 50, 9, 9)), person(1, polygon(70, 2, 9, 9)))
     assert "polygon outside the image" in outside
     assert "another size?" in outside
-    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert not (tmp_path / "data").exists()
 
 
 def test_training_and_evaluation_on_nothing_say_so(data, checkpoint, tmp_path, refused, capsys):
@@ -778,6 +778,7 @@ def test_masks_as_cityscapes_names_them(tmp_path):
 def test_masks_that_cannot_be_used(tmp_path, refuse):
     write_image(tmp_path / "photos" / "a.jpg")
     mask = tmp_path / "labels" / "a.png"
+    mask.parent.mkdir()
     flags = [
         "--masks",
         mask.parent,
@@ -787,7 +788,9 @@ def test_masks_that_cannot_be_used(tmp_path, refuse):
         "sky",
         "road",
     ]
+    assert f"no image files * below {mask.parent}" in refuse(*flags)
     write_mask(mask, np.where(LABELS == 1, 3, LABELS))
+    assert f"no image files *_x below {mask.parent}" in refuse(*flags, "--mask-suffix", "_x")
     assert f"{mask} holds 3, which is no class" in refuse(*flags)
     write_mask(mask, mode="RGB")
     assert f"{mask} is RGB: give the colour of each class with --colors" in refuse(*flags)

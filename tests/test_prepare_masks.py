@@ -444,14 +444,6 @@ def many_images(root, count):
                       for i in range(count)])  # fmt: skip
 
 
-def assert_nothing_half_written(out):
-    """There is no manifest, no temporary file, and each mask that there is is whole."""
-    assert not list(out.glob("manifest.json*"))
-    assert not list(out.rglob("*.tmp"))
-    for path in out.glob("masks_*/*"):
-        assert path.read_bytes().endswith(b"IEND\xae\x42\x60\x82")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("limit", "file"), [(60, ".png"), (4000, "manifest.json")])
@@ -469,7 +461,7 @@ def test_a_full_disk_is_one_sentence_and_no_manifest(tmp_path, workers, limit, f
     sentence = result.stderr.strip().splitlines()[-1]
     assert sentence.startswith("prepare_masks.py: error: cannot write")
     assert file in sentence
-    assert_nothing_half_written(tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_output_that_cannot_be_a_folder(tmp_path, refused):
