@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
 class Index(NamedTuple):
     """An annotation file. `images`: (id, file name, height, width), with 0 for an unknown size.
-    Of each annotation: the ids of its image and its category; `places`: two bytes offsets each."""
+    Of each annotation: the ids of its image and its category; `places`, two byte offsets each."""
 
     source: Source
     names: dict[int | str, str]
@@ -120,9 +120,8 @@ def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[st
                 continue
             points = _checked_polygon(part)
             encoded += rle.frPyObjects([points.ravel()], height, width)
-            outside |= (points.max(axis=0) <= 0).any() or (
-                points.min(axis=0) >= (width, height)
-            ).any()
+            apart = (points.max(axis=0) <= 0) | (points.min(axis=0) >= (width, height))
+            outside |= apart.any()
         except Unusable as reason:
             dropped.append(str(reason))
     if not encoded:
@@ -382,10 +381,10 @@ def find_sources(root: Path, splits: list[str] | None) -> list[Source]:
     else val2017, else all. Raises UserError if there are none."""
     if not root.is_dir():
         raise UserError(f"no folder {root}: give the COCO root with --coco-root")
-    paths = {}
-    patterns = ("result.json", "instances_*.json", "annotations/instances_*.json")
-    for pattern in ("_annotations.coco.json", "*/_annotations.coco.json", *patterns):
-        paths |= {split_name(path): path for path in sorted(root.glob(pattern))}
+    patterns = ("annotations/instances_*.json", "*/_annotations.coco.json")
+    for pattern in (*patterns, "_annotations.coco.json", "result.json", "instances_*.json"):
+        if paths := {split_name(path): path for path in sorted(root.glob(pattern))}:
+            break
     splits = list(dict.fromkeys(splits or (["val2017"] if "val2017" in paths else paths)))
     for split in splits or ["<split>"]:
         if split not in paths:

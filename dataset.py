@@ -53,9 +53,7 @@ def split_indices(
         validates = manifest.splits == val_split
         both = len(np.intersect1d(groups[validates], groups[~validates]))
         if both:
-            print(
-                f"warning: {both} groups of images train and validate; mend it, or no --val-split"
-            )
+            print(f"warning: {both} groups of images are on both sides of --val-split")
     else:
         validates = _stratified(manifest, seed, names.tolist(), groups)[groups]
         if len(names) < len(groups):

@@ -460,9 +460,9 @@ def test_a_file_of_which_nothing_can_be_used_is_refused(tmp_path, refuse):
     assert "try other --classes" in sentence()
     shares = [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.9]]
     assert "normalised coordinates?" in sentence(person(1, shares))
-    outside = sentence(person(1, polygon(50, 50, 9, 9)), person(1, polygon(70, 2, 9, 9)))
-    assert "polygon outside the image" in outside
-    assert "another size?" in outside
+    for x, y in ((50, 50), (70, 2), (-20, 2), (2, -20), (2, 40)):
+        outside = sentence(person(1, polygon(x, y, 9, 9)))
+        assert "1 x polygon outside the image: annotated on a picture of another size?" in outside
     assert not (tmp_path / "data").exists()
 
 
@@ -870,6 +870,10 @@ def test_augmentations_of_one_picture_stay_on_one_side(tmp_path, capsys):
     sides = split_indices(manifest, 0, None, group=r"^\d")  # a video of this name, say
     first = [{file[0] for file in manifest.files[side]} for side in sides]
     assert not first[0] & first[1]
+    manifest.splits[:30] = "b"
+    manifest.splits[manifest.files == manifest.files[59]] = "b"
+    split_indices(manifest, 0, "b")
+    assert "groups of images are on both sides of --val-split" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--group \(: "):
         split_indices(manifest, 0, None, group="(")
 
