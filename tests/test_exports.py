@@ -278,16 +278,19 @@ def test_every_image_row_is_in_the_manifest_or_in_the_skip_counts_once(data, tmp
 
 def test_the_same_image_in_two_splits_is_named_and_kept_once(tmp_path):
     for split in ("train", "val"):
-        rows = [image_row(1, "a.jpg"), image_row(2, "b.jpg"), image_row(3, f"{split}.jpg")]
+        rows = [image_row(1, "a.jpg"), image_row(2, "b.bmp"), image_row(3, f"{split}.jpg")]
         anns = [person(n) for n in (1, 2, 3)]
         write_json(tmp_path / "annotations" / f"instances_{split}.json", rows, anns)
         write_image(tmp_path / split / "a.jpg", seed=1)  # the same in both
-        write_image(tmp_path / split / "b.jpg", seed=2 + (split == "val"))  # of the same name only
+        write_image(
+            tmp_path / split / "b.bmp", seed=2 + (split == "val")
+        )  # the same but for pixels
         write_image(tmp_path / split / f"{split}.jpg", seed=4)
     (tmp_path / "val" / "val.jpg").unlink()
     (tmp_path / "val" / "val.jpg").symlink_to(tmp_path / "train" / "train.jpg")
     manifest, rows = prepare(tmp_path, "--coco-root", tmp_path)
     assert sorted(rows) == ["train/a.png", "train/b.png", "train/train.png", "val/b.png"]
+    assert (tmp_path / "val" / "b.bmp").stat().st_size == 414
     assert reasons(manifest, "images") == {"image is in train too, and kept there": 2}
 
 
