@@ -7,10 +7,12 @@ Imports neither torch nor a sibling, so that prepare_masks.py starts in a tenth 
 """
 
 import argparse
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +31,9 @@ BACKGROUND = "background"
 IGNORE_COLOR = (255, 255, 255)
 # Colour-blind safe (Okabe and Ito); further classes take hues in golden-ratio steps.
 COLORS = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]
+
+
+DEATH = r"DataLoader worker .* (exited unexpectedly|is killed by signal)|DataLoader timed out"
 
 
 class UserError(ValueError):
@@ -173,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
             else:
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not its children's, as by flock
         except (BlockingIOError, PermissionError):
             remedy = "wait until it has ended, or take another --out"
             raise UserError(f"{folder} is in use by another run: {remedy}") from None
@@ -204,9 +209,39 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action) if shown else action.help
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Expands ~ and globs in all arguments: not every shell does, and none within quotes."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """As in argparse, of expanded arguments."""
+        argv = sys.argv[1:] if argv is None else argv
+        return super().parse_args([word for given in argv for word in self.expanded(given)])
+
+    @staticmethod
+    def expanded(word: str) -> list[str]:
+        """The files that a glob matches, else the word itself, with ~ replaced."""
+        flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+        path = os.path.expanduser(path)
+        # A file may be called "a[1].jpg": a name is a pattern only where nothing has it.
+        found = [] if flag or os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        return found or [flag + equals + path]
+
+
 def default_workers() -> int:
     """Loader processes when the user names none: one per core, at most eight."""
-    return min(8, os.cpu_count() or 1)
+    allowed = getattr(os, "sched_getaffinity", None)  # fewer than there are, as under Slurm
+    return min(8, len(allowed(0)) if allowed else os.cpu_count() or 1)
+
+
+def say(*words: object) -> None:
+    """Print a line at once; that nobody reads any more is no reason to end a training."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        _is_closed(sys.stdout)
 
 
 def _is_closed(stream: TextIO) -> bool:
@@ -244,8 +279,11 @@ def run_command(main: Callable[[], int | None]) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if getattr(error, "filename", None):
             sentence = f"cannot use {error.filename} ({error.strerror}): give another path"
-        elif isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error):
-            sentence = "a loader process died, killed or out of memory: try fewer --workers"
+        elif "shared memory" in str(error) or "bus error" in str(error).lower():
+            remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
+            sentence = f"no shared memory is left for loader processes: {remedy}"
+        elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
+            sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"
         else:
             raise
     print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)

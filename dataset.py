@@ -10,7 +10,9 @@ An index is a row of the manifest. Nothing here depends on global random state: 
 epoch is a function of (seed, epoch), an image's augmentation of (seed, epoch, position in it).
 """
 
+import atexit
 import hashlib
+import multiprocessing
 import re
 import signal
 from collections import defaultdict
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -36,6 +38,8 @@ RARE = 0.05  # share of the training images under which a class counts as rare
 PAD_MULTIPLE = 32
 # Native pixels of a batch, unless it is one image: 200 MB as RGB, whatever the size of the images.
 BATCH_PIXELS = 2**26
+TIMEOUT = 600  # seconds to wait for a batch
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def split_indices(
@@ -184,9 +188,9 @@ class EpochBatches(Sampler):
     """Batches of keys for `TrainingSet`: each epoch its own permutation of `indices`.
 
     A step takes `accumulate` batches from each of `world` processes; this one is `rank`. Which
-    images a step holds depends on their product alone. Images that do not fill the last step are
-    left out, since batch norm cannot use a single image. `set_epoch` chooses the epoch, and the
-    step to start from when a run is resumed inside one.
+    images a step holds depends on their product alone. Images that do not fill an epoch's last step
+    come first in the next, since batch norm cannot use a single image. `set_epoch` chooses the
+    epoch, and the step to start from when a run is resumed inside one.
     """
 
     def __init__(self, indices, batch_size, seed, accumulate=1, rank=0, world=1):
@@ -204,7 +208,12 @@ class EpochBatches(Sampler):
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.indices).tolist()
+        # Epochs are pieces of one sequence, in which a permutation of all images follows another.
+        count = self.steps * self.images_per_step
+        number, first = divmod(self.epoch * count, len(self.indices))
+        rngs = [np.random.default_rng([self.seed, number + i]) for i in range(2)]
+        order = np.concatenate([rng.permutation(self.indices) for rng in rngs]).tolist()
+        order = order[first : first + count]
         for batch in range(self.start * self.accumulate, len(self)):
             first = (batch * self.world + self.rank) * self.batch_size
             chosen = order[first : first + self.batch_size]
@@ -276,17 +285,36 @@ def _pad_masks(items: list) -> tuple[Tensor, Tensor, list[int]]:
     padded = torch.full(shape, IGNORE_INDEX, dtype=torch.uint8)
     for target, mask in zip(padded, masks):
         target[: mask.shape[0], : mask.shape[1]] = mask
-    return torch.stack(images), padded, list(indices)
+    batch = torch.stack(images), padded
+    if get_worker_info():  # here, where a full /dev/shm is an error, and not in the queue's thread
+        batch = tuple(tensor.share_memory_() for tensor in batch)
+    return *batch, list(indices)
+
+
+class Loader(DataLoader):
+    """Processes that no signal reaches: the parent alone decides what to do about it."""
+
+    def __iter__(self) -> Iterator:
+        masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if masks else None
+        try:
+            return super().__iter__()  # its processes inherit what is blocked
+        except OSError as error:
+            raise UserError(f"cannot start loader processes ({error}): try --workers 0") from None
+        finally:
+            if masks:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader:
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and collate is None,  # else two sets of them, in training
+        timeout=TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,
         # Else every new iterator draws from the global generator, which dropout uses.
         generator=torch.Generator(),
@@ -294,6 +322,17 @@ def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def end_workers() -> None:
+    """Kill all loader processes, which ignore polite requests; torch would wait for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+atexit.register(end_workers)  # before multiprocessing's own, which would ask them and wait

@@ -75,6 +75,21 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, whose model is the one that is saved."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def launch() -> str | None:
+    """What tells this torchrun from every other; None without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return f"process {os.getppid()}" if name == "none" else name
+
+
 def gather(mine: torch.Tensor, count: int) -> torch.Tensor:
     """(count, ...) tensor out of its parts: rank r holds rows r, r + world, ... of it."""
     if world() == 1:

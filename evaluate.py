@@ -3,14 +3,15 @@
     python evaluate.py --ckpt runs/unet/best.pt runs/deeplab/best.pt --json report.json --panels 6
 
 One confusion matrix over the whole split, at the native size of the masks; ignored pixels count
-nowhere; a class that neither truth nor prediction holds has no IoU and enters no mean.
+nowhere; a class that no image holds has no IoU and enters no mean.
 """
 
 import argparse
 import json
+import os
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,10 +73,12 @@ class Predictor(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(predictor: Predictor, loader: DataLoader, description: str) -> np.ndarray:
-    """Confusion matrices (N, C, C) int64 of the loader's N images, in ascending order of indices.
+def evaluate(
+    predictor: Predictor, loader: DataLoader, description: str, between: Callable = bool
+) -> ConfusionMatrix:
+    """Pixel counts of the loader's images, in ascending order of their indices.
 
-    The model is put into evaluation mode and left there.
+    The model is put into evaluation mode and left there. `between` is called after each image.
     """
     indices = sorted(index for batch in loader.batch_sampler for index in batch)
     classes = len(loader.dataset.manifest.classes)
@@ -85,8 +88,9 @@ def evaluate(predictor: Predictor, loader: DataLoader, description: str) -> np.n
     for index, labels, mask in tqdm(predictor.predict(loader), description, **options):
         confusion.update(bisect_left(indices, index), labels, mask)
         seen.append(index)
+        between()
     assert sorted(seen) == indices, f"{len(seen)} images evaluated, {len(indices)} expected"
-    return confusion.matrices()
+    return confusion
 
 
 @torch.inference_mode()
@@ -97,7 +101,8 @@ def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[
     for index, labels, mask in predictor.predict(loader):
         confusion = ConfusionMatrix(1, len(manifest.classes), predictor.device)
         confusion.update(0, labels, mask)
-        iou = map(plain, scores(confusion.matrices()[0])["iou"])
+        counts = confusion.counts[0].cpu().numpy()
+        iou = map(plain, scores(counts, held=counts[1:].any(axis=0))["iou"])
         named = [f"{n} {percent(v)}" for n, v in zip(manifest.classes, iou) if v is not None]
         caption = f"{manifest.files[index]}, IoU in %: {', '.join(named) or 'no pixel counts'}"
         image = Image.fromarray(read_pair(manifest, index)[0].permute(1, 2, 0).numpy())
@@ -107,7 +112,7 @@ def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="checkpoints; one table for all")
     add("--data", help="data directory, if not the one that the checkpoint was trained on")
@@ -119,19 +124,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")
     add("--pick", default="worst", help="which: worst, best, random, or a class name")
-    add("--bootstrap", type=int, default=2000, metavar="N", help="resamples; 0 for no intervals")
+    add("--no-intervals", action="store_true", help="no 95%% intervals over images")
     add("--batch-size", type=int, default=8, help="images at once")
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    add("--size", type=int, help="short side of the images (default: as in training)")
+    amp = "autocast (default: as in training)"
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], help=amp)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser
 
 
-def load_subject(path: str, args: argparse.Namespace) -> tuple[dict, Manifest, np.ndarray]:
-    """A checkpoint, its data, and the ascending indices of the images to evaluate it on.
+class Subject(NamedTuple):
+    """A checkpoint's path, its data, the ascending indices of the images to evaluate it on, and
+    which those are: validation, training or all."""
 
-    Of --other-data those that it was validated on, or all if it was validated on others. Raises
-    UserError if the data is of other classes, or of other masks without --other-data.
+    path: str
+    manifest: Manifest
+    indices: np.ndarray
+    images: str
+
+
+def find_subject(path: str, args: argparse.Namespace) -> Subject:
+    """What to evaluate. Of --other-data the images that it was validated on, or all if there are
+    none. Raises UserError if the data is of other classes, or of other masks without --other-data.
     """
     state = load_checkpoint(path)
     root = args.coco_root or (None if args.data else state["args"].get("coco_root"))
@@ -143,69 +158,102 @@ def load_subject(path: str, args: argparse.Namespace) -> tuple[dict, Manifest, n
         raise UserError(f"{manifest.data} holds other masks: {own}, or say --other-data")
     validated = {(split, str(id_)) for split, id_ in state["val_ids"]}
     held = np.array([tuple(key) in validated for key in manifest.keys(range(len(manifest)))])
-    missing = len(validated) - held.sum()
-    if args.images == "all" or (args.other_data and not held.any()):
-        held[:] = True
-    elif args.images == "training":
+    missing, images = len(validated) - held.sum(), args.images
+    if images == "all" or (args.other_data and not held.any()):
+        held[:], images = True, "all"
+    elif images == "training":
         held = ~held
     elif missing:
         raise UserError(f"{manifest.data} lacks {missing} validation images: {own}")
     if not held.any():
-        raise UserError(f"{manifest.data} holds no {args.images} images")
+        raise UserError(f"{manifest.data} holds no {images} images")
     if not manifest.pixels[held, 1:].any():
         print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
-    return state, manifest, np.flatnonzero(held)
+    return Subject(path, manifest, np.flatnonzero(held), images)
 
 
-def evaluate_subject(path, state, manifest, indices, args, device) -> np.ndarray:
-    """The confusion matrices of a checkpoint; draws its panels if asked for."""
-    size, dtype = state["args"]["size"], amp_dtype(args.amp, device)
-    predictor = Predictor(model_from_checkpoint(state, device), size, device, dtype)
-    loader = evaluation_loader(manifest, indices, size, args.batch_size, args.workers)
-    matrices = evaluate(predictor, loader, path)
-    if args.panels:
-        picture = Path(path).with_name(Path(path).stem + "_panels.png")
-        chosen = indices[metrics.pick(args.pick, args.panels, matrices, manifest.classes)]
-        examples = predict_examples(predictor, manifest, chosen)
-        common.write_image(picture, draw_panels(examples, manifest.classes, manifest.colors))
-        print(f"picture: {picture}")
-    return matrices
+def load_predictor(path: str, args: argparse.Namespace, device: torch.device) -> Predictor:
+    """The network of a checkpoint; in the size and precision of its training, unless told."""
+    state = load_checkpoint(path)
+    amp = args.amp or state["args"]["amp"]
+    amp = "off" if amp == "fp16" and device.type == "cpu" and not args.amp else amp
+    size = args.size or state["args"]["size"]
+    return Predictor(model_from_checkpoint(state, device), size, device, amp_dtype(amp, device))
+
+
+def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
+    """The pixel counts of a checkpoint."""
+    predictor = load_predictor(subject.path, args, device)
+    loading = (predictor.size, args.batch_size, args.workers)
+    loader = evaluation_loader(subject.manifest, subject.indices, *loading)
+    return evaluate(predictor, loader, subject.path)
+
+
+def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.device) -> None:
+    """Write the picture of a few images of a checkpoint, if there are any."""
+    manifest = subject.manifest
+    chosen = subject.indices[metrics.pick(args.pick, args.panels, counts, manifest.classes)]
+    if not len(chosen):
+        print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
+        return
+    examples = predict_examples(load_predictor(subject.path, args, device), manifest, chosen)
+    picture = draw_panels(examples, manifest.classes, manifest.colors)
+    common.write_image(panels_path(subject.path), picture)
+    print(f"picture: {panels_path(subject.path)}")
+
+
+def panels_path(path: str) -> Path:
+    """Where the picture of a checkpoint goes."""
+    return Path(path).with_name(Path(path).stem + "_panels.png")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse, before the evaluation, what could not be written after it."""
+    pictures = [panels_path(path) for path in args.ckpt] if args.panels else []
+    for file in [*filter(None, (args.json, args.markdown)), *pictures]:
+        if not file.parent.is_dir():
+            raise UserError(f"no folder {file.parent} to write {file.name} to: make it first")
+        if not os.access(file.parent, os.W_OK):
+            raise UserError(f"cannot write {file}: its folder is read-only")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate each checkpoint, print the table, write the report and the pictures."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if min(args.panels, args.bootstrap, args.workers) < 0 or args.batch_size < 1:
-        parser.error("--panels, --bootstrap and --workers start at 0, --batch-size at 1")
-    for file in filter(None, (args.json, args.markdown)):
-        if not file.parent.is_dir():  # better now than after the evaluation
-            raise UserError(f"no folder {file.parent} to write {file.name} to: make it first")
+    if min(args.panels, args.workers) < 0 or args.batch_size < 1:
+        parser.error("--panels and --workers start at 0, --batch-size at 1")
+    if args.size is not None and args.size < 32:
+        parser.error(f"--size {args.size}: give 32 or more")
+    check_outputs(args)
     device = pick_device(args.device)
-    subjects = [load_subject(path, args) for path in args.ckpt]
-    compared = [(s["classes"], sorted(m.keys(indices))) for s, m, indices in subjects]
+    subjects = [find_subject(path, args) for path in args.ckpt]
+    compared = [(s.manifest.classes, s.manifest.keys(s.indices)) for s in subjects]
     for path, images in zip(args.ckpt, compared):
         if images != compared[0]:
             raise UserError(f"{path} has other images or classes than {args.ckpt[0]}: leave it out")
-    classes = compared[0][0]
-    picks = ["worst", "best", "random", *classes[1:]]
+    picks = ["worst", "best", "random", *compared[0][0][1:]]
     if args.pick not in picks:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")
-    all_matrices = [evaluate_subject(p, *s, args, device) for p, s in zip(args.ckpt, subjects)]
-    entries = [
-        metrics.report(path, classes, matrices, args.bootstrap, args.images)
-        for path, matrices in zip(args.ckpt, all_matrices)
-    ]
-    if args.bootstrap:
-        metrics.add_differences(entries, all_matrices, args.bootstrap)
+    entries, all_counts, intervals = [], [], not args.no_intervals
+    for subject in subjects:
+        confusion = evaluate_subject(subject, args, device)
+        classes = subject.manifest.classes
+        entries.append(metrics.report(subject.path, classes, confusion, intervals, subject.images))
+        all_counts.append(confusion.counts.cpu().numpy())
+    if intervals:
+        metrics.add_differences(entries, all_counts)
     tables = metrics.tables(entries)
     # Of several checkpoints the terminal gets the comparison; --markdown has the details.
-    shown = tables if len(entries) == 1 else tables[: 1 + bool(args.bootstrap)]
+    shown = tables if len(entries) == 1 else tables[: 1 + intervals]
     print("\n\n".join(map(metrics.as_text, shown)))
     if args.markdown:
         write_text(args.markdown, "\n\n".join(map(metrics.as_markdown, tables)) + "\n")
     if args.json:
         write_text(args.json, json.dumps(entries, indent=1) + "\n")
+    for subject, counts in zip(subjects, all_counts):
+        if args.panels:
+            draw_subject(subject, counts, args, device)
 
 
 if __name__ == "__main__":

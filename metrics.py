@@ -1,10 +1,11 @@
-"""Confusion matrices, their scores with bootstrap intervals, and tables of them.
+"""Confusion matrix, scores with jackknife intervals, and tables of them.
 
     confusion = ConfusionMatrix(images=100, classes=5, device=device)
     confusion.update(0, prediction, mask)
-    values = scores(confusion.matrices().sum(axis=0))
+    values = scores(confusion.counts.cpu().numpy().sum(axis=0))
 
-All of it from one (C, C) matrix of pixel counts per image, rows truth, columns prediction.
+Scores need of each image only its counts, (3, C): hits, pixels of truth, pixels of prediction, each
+by class. The (C, C) matrix of all images together has truth in rows, prediction in columns.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from common import IGNORE_INDEX
 
 MEANS = {"miou": "mean", "foreground_miou": "foreground mean"}
+FEWEST = 4  # images that hold a class, for an interval of its IoU
 MATRIX_LABELS = 12  # up to so many, a confusion matrix is printed whole
 LARGEST = 20  # of more labels, so many confusions
 
@@ -21,7 +23,8 @@ Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the f
 
 
 class ConfusionMatrix:
-    """Pixel counts by (truth, prediction), one int64 matrix per image, kept on the device.
+    """Pixel counts by (truth, prediction), int64, on the device: one matrix of all images, `total`
+    (C, C), and `counts` (images, 3, C) of each: hits, truth and prediction by class.
 
     `update` reads nothing back: ignored pixels go to a bin of their own instead of being selected
     away, and scatter_add_, unlike bincount, need not know the largest index.
@@ -29,34 +32,36 @@ class ConfusionMatrix:
 
     def __init__(self, images: int, classes: int, device: torch.device):
         self.classes = classes
-        self.bins = torch.zeros(images, classes * classes + 1, dtype=torch.int64, device=device)
+        self.total = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(images, 3, classes, dtype=torch.int64, device=device)
         self.one = torch.ones(1, dtype=torch.int64, device=device)
 
     def update(self, image: int, prediction: Tensor, mask: Tensor) -> None:
         """Count the pixels of one image. Both are (H, W) integer; the mask may hold 255."""
         bins = mask.int() * self.classes + prediction  # int64 would take five times as long
         bins = torch.where(mask == IGNORE_INDEX, self.classes**2, bins).flatten().long()
-        self.bins[image].scatter_add_(0, bins, self.one.expand(len(bins)))
+        matrix = self.one.new_zeros(self.classes**2 + 1)
+        matrix.scatter_add_(0, bins, self.one.expand(len(bins)))
+        matrix = matrix[:-1].view(self.classes, self.classes)
+        self.total += matrix
+        self.counts[image] = torch.stack([matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)])
 
-    def matrices(self) -> np.ndarray:
-        """(images, C, C) int64, rows truth, columns prediction. Reads the device."""
-        return self.bins[:, :-1].reshape(-1, self.classes, self.classes).cpu().numpy()
 
+def scores(counts: np.ndarray, held: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Scores of (..., 3, C) counts, as fractions, NaN where there is nothing to divide: (..., C) by
+    class, and (...) means, which leave NaN out (foreground_miou label 0 as well).
 
-def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of (..., C, C) confusion matrices, as fractions, NaN where there is nothing to divide:
-    (..., C) by class, and (...) means, which leave NaN out (foreground_miou label 0 as well)."""
-    confusion = np.asarray(confusion, dtype=np.float64)
-    true_positives = np.diagonal(confusion, axis1=-2, axis2=-1)
-    truth, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
-    iou = _divide(true_positives, truth + predicted - true_positives)
+    A class has an IoU where it is `held`, by default where its counts hold truth."""
+    hits, truth, predicted = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
+    held = truth > 0 if held is None else held
+    iou = np.where(held, _divide(hits, truth + predicted - hits), np.nan)
     return {
         "iou": iou,
-        "precision": _divide(true_positives, predicted),
-        "recall": _divide(true_positives, truth),
+        "precision": _divide(hits, predicted),
+        "recall": _divide(hits, truth),
         "miou": _mean(iou),
         "foreground_miou": _mean(iou[..., 1:]),
-        "pixel_accuracy": _divide(true_positives.sum(axis=-1), truth.sum(axis=-1)),
+        "pixel_accuracy": _divide(hits.sum(axis=-1), truth.sum(axis=-1)),
     }
 
 
@@ -69,62 +74,94 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return _divide(np.where(present, values, 0).sum(axis=-1), present.sum(axis=-1))
 
 
-def bootstrap(matrices: np.ndarray, resamples: int) -> dict[str, np.ndarray]:
-    """`scores` of `resamples` resamples of the N images (Efron 1979), with a leading axis.
+def leave_one_out(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The pooled "iou" (N, C), "miou" and "foreground_miou" (N,) without each of N images in turn.
 
-    matrices: (N, C, C). All resamples are one matrix product: of how often each draws an image, and
-    the images' counts. The same N draws the same images, so results of two checkpoints are paired.
+    Without its only image a class keeps its IoU: nothing else is known of it."""
+    pooled = counts.sum(axis=0)
+    iou, whole = scores(pooled - counts, held=pooled[1] > 0)["iou"], scores(pooled)["iou"]
+    iou = np.where(np.isnan(iou), whole, iou)
+    return {"iou": iou, "miou": _mean(iou), "foreground_miou": _mean(iou[:, 1:])}
+
+
+def student_t(degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values t from 0 up, and the share of Student's distribution that lies within -t and t: the
+    integral of cos(phi) ** (degrees - 1), with t = sqrt(degrees) * tan(phi)."""
+    phi = np.linspace(0, np.pi / 2, 20_001)[:-1]
+    density = np.cos(phi) ** (degrees - 1)
+    share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return np.sqrt(degrees) * np.tan(phi), share / (share[-1] + density[-1])
+
+
+def jackknife(value: float, others: np.ndarray) -> tuple[list[float], float]:
+    """The 95% interval, and a two-sided p-value against 0, of a `value` of which `others` (N,) are
+    the values without each of the N images.
+
+    Source: the delete-one jackknife of Efron and Tibshirani 1993, chapter 11; with Student's t,
+    whose degrees of freedom, sum(d^2)^2 / sum(d^4) of the deviations d, are Satterthwaite's.
     """
-    count, rng = len(matrices), np.random.default_rng(0)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    pooled = draws @ matrices.reshape(count, -1).astype(np.float64)
-    return scores(pooled.reshape(resamples, *matrices.shape[1:]))
+    deviations = others - others.mean()
+    squares = deviations**2
+    if not squares.sum():
+        return [value, value], float(value == 0)
+    error = np.sqrt((len(others) - 1) / len(others) * squares.sum())
+    t, share = student_t(squares.sum() ** 2 / (squares**2).sum())
+    margin = np.interp(0.95, share, t) * error
+    p = 1 - float(np.interp(abs(value) / error, t, share))
+    return [float(value - margin), float(value + margin)], p
 
 
-def interval(samples: np.ndarray) -> list[float | None]:
-    """The central 95% of samples, [low, high], NaN left out; [None, None] if nothing is left."""
-    samples = samples[~np.isnan(samples)]
-    return np.percentile(samples, [2.5, 97.5]).tolist() if len(samples) else [None, None]
+def class_interval(counts: np.ndarray, others: np.ndarray) -> list[float] | None:
+    """Interval of a class's IoU from its counts (N, 3), on the logit scale, where it is closer to
+    normal and stays within 0 and 1. None if fewer than `FEWEST` images hold the class."""
+    if (counts[:, 1] > 0).sum() < FEWEST:
+        return None
+    union = (counts[:, 1:].sum(axis=1) - counts[:, 0]).sum()
+    clip = 0.5 / union  # half a pixel, for 0 and 1 have no logit
+    value, others = (np.clip(x, clip, 1 - clip) for x in (counts[:, 0].sum() / union, others))
+    ends, _ = jackknife(np.log(value / (1 - value)), np.log(others / (1 - others)))
+    return [float(1 / (1 + np.exp(-end))) for end in ends]
 
 
 def report(
-    ckpt: str, classes: list[str], matrices: np.ndarray, resamples: int, images: str
+    ckpt: str, classes: list[str], confusion: ConfusionMatrix, intervals: bool, images: str
 ) -> dict:
-    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist.
-    matrices: (N, C, C) of its N validation, training or all `images`."""
-    confusion = matrices.sum(axis=0)
-    entry = {"ckpt": ckpt, "classes": classes, "confusion": confusion.tolist()}
-    for key, values in scores(confusion).items():
+    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist; of its
+    validation, training or all `images`. Reads the device."""
+    counts, total = confusion.counts.cpu().numpy(), confusion.total.tolist()
+    pooled = counts.sum(axis=0)
+    entry = {"ckpt": ckpt, "classes": classes, "confusion": total}
+    for key, values in scores(pooled).items():
         by_class = values.ndim > 0
         entry[key] = dict(zip(classes, map(plain, values))) if by_class else plain(values)
-    holding = (matrices.sum(axis=2) > 0).sum(axis=0).tolist()
-    entry |= {"images": len(matrices), "evaluated_on": images}
+    holding = (counts[:, 1] > 0).sum(axis=0).tolist()
+    entry |= {"images": len(counts), "evaluated_on": images}
     entry["images_with_class"] = dict(zip(classes, holding))
-    if resamples:
-        samples = bootstrap(matrices, resamples)
-        entry["interval"] = {
-            "iou": dict(zip(classes, map(interval, samples["iou"].T))),
-            **{key: interval(samples[key]) for key in MEANS},
-        }
+    only = np.where(pooled[1] > 0, 0, pooled[2]).tolist()
+    entry["false_positives"] = {name: pixels for name, pixels in zip(classes, only) if pixels}
+    if intervals:
+        others = leave_one_out(counts)
+        by_class = (
+            class_interval(counts[..., c], others["iou"][:, c]) for c in range(len(classes))
+        )
+        entry["interval"] = {"iou": dict(zip(classes, by_class))}
+        for key in MEANS:
+            known = entry[key] is not None and len(counts) >= FEWEST
+            entry["interval"][key] = jackknife(entry[key], others[key])[0] if known else None
     return entry
 
 
-def add_differences(entries: list[dict], all_matrices: list[np.ndarray], resamples: int) -> None:
-    """Give all entries but the first their paired difference to it: value, interval, p-value."""
-    first = bootstrap(all_matrices[0], resamples)
-    for entry, matrices in zip(entries[1:], all_matrices[1:]):
-        samples = bootstrap(matrices, resamples)
-        entry["difference"] = {}
+def add_differences(entries: list[dict], all_counts: list[np.ndarray]) -> None:
+    """Give all entries but the first the difference of their means to it, on the same images:
+    value, interval, p-value. all_counts: (N, 3, C) of each, the images in the same order."""
+    first = leave_one_out(all_counts[0])
+    for entry, counts in zip(entries[1:], all_counts[1:]):
+        others, entry["difference"] = leave_one_out(counts), {}
         for key in MEANS:
-            if entry[key] is None or entries[0][key] is None:
-                continue
-            differences = samples[key] - first[key]
-            tail = int(min((differences <= 0).sum(), (differences >= 0).sum()))
-            entry["difference"][key] = {
-                "value": entry[key] - entries[0][key],
-                "interval": interval(differences),
-                "p": min(1.0, 2 * (tail + 1) / (resamples + 1)),  # two-sided, never 0
-            }
+            if entry[key] is not None and entries[0][key] is not None:
+                value = entry[key] - entries[0][key]
+                interval, p = jackknife(value, others[key] - first[key])
+                entry["difference"][key] = {"value": value, "interval": interval, "p": p}
 
 
 def plain(value: np.ndarray) -> float | None:
@@ -132,14 +169,14 @@ def plain(value: np.ndarray) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def pick(how: str, count: int, matrices: np.ndarray, classes: list[str]) -> np.ndarray:
-    """Numbers of up to `count` of the images of (N, C, C) matrices: the "worst" or "best" by their
+def pick(how: str, count: int, counts: np.ndarray, classes: list[str]) -> np.ndarray:
+    """Numbers of up to `count` of the images of (N, 3, C) counts: the "worst" or "best" by their
     own foreground mIoU, "random" ones of those that have one, or those that hold most of a class.
-    """
+    An image has one if its truth or its prediction holds a class."""
     if how in classes:
-        area = matrices[:, classes.index(how)].sum(axis=1)
+        area = counts[:, 1, classes.index(how)]
         return np.argsort(-area, kind="stable")[: min(count, np.count_nonzero(area))]
-    value = scores(matrices)["foreground_miou"]  # NaN, if neither mask nor prediction has any
+    value = scores(counts, held=counts[:, 1:].any(axis=1))["foreground_miou"]
     order = np.argsort(-value if how == "best" else value, kind="stable")  # NaN sorts last
     order = order[: np.count_nonzero(~np.isnan(value))]
     return (np.random.default_rng(0).permutation(order) if how == "random" else order)[:count]
@@ -165,7 +202,8 @@ def comparison_table(entries: list[dict]) -> Table:
         if "interval" in entry:
             pairs = [*entry["interval"]["iou"].values(), *(entry["interval"][k] for k in MEANS)]
             rows.append(["", *map(span, pairs), ""])
-    note = "; below each its 95% bootstrap interval over images" if "interval" in first else ""
+    rows.append(["images with it", *map(str, first["images_with_class"].values()), "", "", ""])
+    note = "; below each its 95% interval over images" if "interval" in first else ""
     return f"IoU in % on {first['images']} {first['evaluated_on']} images{note}", rows
 
 
@@ -191,6 +229,8 @@ def class_table(entry: dict) -> Table:
     for key, name in MEANS.items():
         rows.append([name, percent(entry[key]), span(intervals.get(key)), "", "", ""])
     rows.append(["pixel accuracy", percent(entry["pixel_accuracy"]), "", "", "", ""])
+    for name, pixels in entry["false_positives"].items():
+        rows.append([f"{name}: {pixels} pixels, though no image holds it", *[""] * 5])
     return f"{entry['ckpt']} on {entry['images']} {entry['evaluated_on']} images, in %", rows
 
 

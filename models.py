@@ -222,6 +222,8 @@ def load_checkpoint(path: str | Path) -> dict:
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: {remedy}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: {remedy}") from None
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise anything
         damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
     if damaged:

@@ -106,7 +106,7 @@ def write_outputs(out: Path, colors: list, item: tuple[Path, Image.Image], label
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument
     images = "files, folders (without their subfolders), globs in quotes (** takes in subfolders)"
     add("--ckpt", required=True, metavar="PATH", help="checkpoint")

@@ -362,7 +362,7 @@ def paint_order(priority: list[str], classes: list[str]) -> list[int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser = common.ArgumentParser(description=__doc__)
     crowds = ["ignore", "class", "background"]
     group = parser.add_argument_group("input: one of the first three; but for a root, its images")
     add = group.add_mutually_exclusive_group(required=True).add_argument

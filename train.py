@@ -11,6 +11,8 @@ import argparse
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +30,7 @@ import dataset
 import distributed
 import metrics
 import models
-from common import UserError, write_text
+from common import UserError, say, write_text
 from dataset import derive_seed, normalize
 from distributed import gather, mean_over_ranks, rank, world
 from evaluate import Predictor, evaluate, predict_examples
@@ -39,7 +41,7 @@ LOG_EVERY = 20  # steps between two readings of the loss
 LOGGED_IMAGES = 4
 # What a resumed run may change; of the first two the product is checked, the images of a step.
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
-FREE_ARGUMENTS |= {"save_every", "wandb", "out", "resume", "coco_root"}
+FREE_ARGUMENTS |= {"save_every", "wandb", "out", "resume", "coco_root", "lr"}
 WANDB_LIMITS = {"init_timeout": 60, "finish_timeout": 180, "finish_timeout_raises": True}
 PROGRESS = ("epoch", "batch", "step", "best", "history")  # of a Run, in its checkpoints
 
@@ -67,7 +69,7 @@ class Run:
         self.dtype = models.amp_dtype(args.amp, device)
         self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -2.0, []
         self.loss_sum, self.checked_step = torch.zeros((), device=device), 0
-        self.signal, self.wandb, self.wandb_id = None, None, None
+        self.signal, self.wandb, self.wandb_id, self.told = None, None, None, time.monotonic()
 
         self.manifest = manifest = common.load_manifest(args.data, args.coco_root)
         how = (args.seed, args.val_split, args.group)
@@ -85,7 +87,7 @@ class Run:
 
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
         torch.backends.cudnn.benchmark = True
-        pixels = manifest.pixels[train_indices].sum(axis=0)
+        pixels = manifest.pixels[indices].sum(axis=0)  # as often as they are drawn
         if not pixels[1:].any():
             raise UserError(f"no training image of {args.data} holds a pixel of any class")
         weight = class_weights(pixels) if args.weighted else torch.ones(len(pixels))
@@ -109,29 +111,47 @@ class Run:
         args, classes, batches = self.args, self.manifest.classes, self.batches
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         precision = str(self.dtype or torch.float32).removeprefix("torch.")
-        print(
-            f"{args.model}, {millions:.1f} M parameters, {self.device}, {precision} -> {args.out}"
-        )
+        say(f"{args.model}, {millions:.1f} M parameters, {self.device}, {precision} -> {args.out}")
         counts = f"{len(train_indices)} training and {len(self.val_indices)} validation images"
-        print(f"{counts}, {batches.images_per_step} images per step")
-        print("pixels:", ", ".join(f"{n} {s:.2%}" for n, s in zip(classes, shares)))
+        say(f"{counts}, {batches.images_per_step} images per step")
+        say("pixels:", ", ".join(f"{n} {s:.2%}" for n, s in zip(classes, shares)))
         if not self.manifest.pixels[self.val_indices, 1:].any():
-            print("warning: no validation image holds a pixel of any class: there is no best.pt")
+            say("warning: no validation image holds a pixel of any class: there is no best.pt")
         if args.oversample > 1:
             repeated = f"{', '.join(self.rare)} {args.oversample} times per epoch"
-            print(f"images with {repeated}: {len(batches.indices)} images in all")
+            say(f"images with {repeated}: {len(batches.indices)} images in all")
         if self.named_weights:
-            print("class weights:", {name: round(w, 2) for name, w in self.named_weights.items()})
+            say("class weights:", {name: round(w, 2) for name, w in self.named_weights.items()})
+
+    def begin(self, new: bool) -> None:
+        """Write args.json into the run directory, which no other run may have taken, and log."""
+        args = self.args
+        if new:
+            refuse_taken(self.out / "last.pt")  # since the arguments were checked
+            for leftover in ("metrics.jsonl", "best.pt"):  # of a run whose last.pt was deleted
+                (self.out / leftover).unlink(missing_ok=True)
+        elif not (self.out / "best.pt").exists():
+            best = Path(args.resume).with_name("best.pt")
+            if best.exists():
+                shutil.copyfile(best, self.out / "best.pt")
+        write_text(self.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+        disabled = args.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled"
+        if args.wandb != "disabled" and not disabled:
+            computed = {"rare_classes": self.rare, "class_weights": self.named_weights}
+            self.wandb = self.try_wandb(start_wandb, args, self.wandb_id, computed)
+            self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
 
     def fit(self) -> None:
-        """The epochs that are left."""
+        """The epochs that are left; of a network that starts from weights, first what these do."""
+        if not self.history and self.args.weights != "none":
+            self.validate(None, None, time.perf_counter())
         while self.epoch < self.args.epochs:
             started = time.perf_counter()
             loss, images_per_second = self.train_one_epoch()
             self.validate(loss, images_per_second, started)
-            if self.signal and self.epoch < self.args.epochs:
-                self.stop()
-        print(f"best foreground mIoU {100 * max(self.best, 0):.1f}: {self.out / 'best.pt'}")
+            if self.epoch < self.args.epochs:
+                self.check_signal()
+        say(f"best foreground mIoU {100 * max(self.best, 0):.1f}: {self.out / 'best.pt'}")
 
     def train_one_epoch(self) -> tuple[float, float]:
         """The rest of the current epoch. Returns its mean loss and images per second."""
@@ -149,9 +169,8 @@ class Run:
             self.step, self.batch, parts = self.step + 1, self.batch + 1, []
             bar.update()
             if self.batch % LOG_EVERY == 0:
-                bar.set_postfix(loss=f"{self.mean_loss():.4f}")
-            if self.signal:
-                self.stop()
+                self.tell_loss(bar)
+            self.check_signal()
             if time.perf_counter() - saved >= 60 * args.save_every:
                 self.save("last.pt")
                 saved = time.perf_counter()
@@ -191,46 +210,68 @@ class Run:
     def mean_loss(self) -> float:
         """Mean loss of the epoch so far, read from the device. Raises UserError if not finite."""
         loss = self.loss_sum.item() / self.batch
-        if not math.isfinite(loss):
-            steps = f"one of the steps {self.checked_step + 1} to {self.step}"
-            remedy = f"lower --lr or try --amp off; {self.out} keeps the last good checkpoint"
-            raise UserError(f"the loss became {loss} in {steps}: {remedy}")
+        self.require(math.isfinite(loss), f"the loss became {loss}")
         self.checked_step = self.step
         return loss
 
-    def validate(self, loss: float, images_per_second: float, started: float) -> None:
+    def require(self, finite: bool, what: str) -> None:
+        """Raise UserError, with the last good checkpoint, unless what is trained is finite."""
+        if not finite:
+            steps = f"in one of the steps {self.checked_step + 1} to {self.step}"
+            last = self.out / "last.pt"
+            kept = f"; {last} is of before" if last.exists() else ""
+            raise UserError(f"{what} {steps}: lower --lr or try --amp off{kept}")
+
+    def tell_loss(self, bar: tqdm) -> None:
+        """The loss for the bar, and where there is none a line each half minute; for W&B too."""
+        loss = self.mean_loss()
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if bar.disable and time.monotonic() - self.told > 30 and rank() == 0:
+            say(f"{bar.desc}: step {self.batch}/{self.batches.steps}, loss {loss:.4f}")
+            self.told = time.monotonic()
+        if self.wandb:
+            self.try_wandb(self.wandb.log, {"train/epoch_loss": loss}, step=self.step)
+
+    def check_signal(self) -> None:
+        """Save and exit if a signal asked for it."""
+        if self.signal:
+            self.stop()
+
+    def validate(self, loss: float | None, images_per_second: float | None, started: float) -> None:
         """Evaluate, save, log, end the epoch: best.pt if it is the best, last.pt in any case."""
-        mine = evaluate(self.predictor, self.val_loader, "validate")
-        matrices = gather(torch.from_numpy(mine).to(self.device), len(self.val_indices))
-        matrices = matrices.cpu().numpy()
+        self.save("last.pt")  # whatever ends the validation, the epoch is done
+        distributed.share_buffers(self.model)
+        confusion = evaluate(self.predictor, self.val_loader, "validate", self.check_signal)
+        counts = gather(confusion.counts, len(self.val_indices)).cpu().numpy()
+        found = metrics.scores(counts.sum(axis=0))
         classes = self.manifest.classes
-        entry = metrics.report("", classes, matrices, resamples=0, images="validation")
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.loss_sum.zero_()
+        if loss is not None:
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.loss_sum.zero_()
         line = {
             "epoch": self.epoch,
             "step": self.step,
             "train_loss": loss,
-            "val_iou": entry["iou"],
-            "val_miou": entry["miou"],
-            "val_foreground_miou": entry["foreground_miou"],
+            "val_iou": dict(zip(classes, map(metrics.plain, found["iou"]))),
+            "val_miou": metrics.plain(found["miou"]),
+            "val_foreground_miou": metrics.plain(found["foreground_miou"]),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": images_per_second,
             "seconds": time.perf_counter() - started,
         }
         if self.scaler.is_enabled():
             line["skipped_steps"] = self.skipped_steps()
-        value = -1.0 if entry["foreground_miou"] is None else entry["foreground_miou"]
+        value = -1.0 if line["val_foreground_miou"] is None else line["val_foreground_miou"]
         better = value > self.best
         self.best = max(value, self.best)
         self.history.append(line)
         if better:
             self.save("best.pt")
         self.save("last.pt")
-        print(summary(line, self.args.epochs, better), flush=True)
+        say(summary(line, self.args.epochs, better))
         if self.wandb:
             # The same few images after each epoch: those that hold most of each class.
-            picked = [metrics.pick(name, 1, matrices, classes) for name in classes[1:]]
+            picked = [metrics.pick(name, 1, counts, classes) for name in classes[1:]]
             chosen = self.val_indices[np.unique(np.concatenate(picked))[:LOGGED_IMAGES]]
             examples = predict_examples(self.predictor, self.manifest, chosen)
             self.try_wandb(log_wandb, self.wandb, line, better, examples)
@@ -240,14 +281,16 @@ class Run:
         return self.step - int(next(iter(self.optimizer.state.values()))["step"].item())
 
     def save(self, name: str) -> None:
-        """Write a checkpoint (tensors and plain types, all that --resume needs), metrics.jsonl."""
+        """Write a checkpoint of tensors and plain types, and metrics.jsonl: last.pt with all that
+        --resume needs, best.pt without what only that needs. Never of what is not finite."""
         if self.batch:
-            self.mean_loss()  # never replace a good checkpoint by one whose loss is not finite
+            self.mean_loss()
+        weights = self.model.state_dict()
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all()
+        self.require(bool(finite), "the weights became infinite or not a number")
         progress = {key: getattr(self, key) for key in PROGRESS}
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "model": weights,
             "progress": progress | {"loss_sum": float(self.loss_sum)},
             "args": vars(self.args),
             "classes": self.manifest.classes,
@@ -259,7 +302,11 @@ class Run:
             "class_weights": self.named_weights,
             "rare": self.rare,
             "wandb_id": self.wandb_id,
+            "launch": distributed.launch(),
         }
+        if name == "last.pt":
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scaler"] = self.scaler.state_dict()
         if rank() == 0:
             models.save_checkpoint(self.out / name, state)
             lines = [json.dumps(line) + "\n" for line in self.history]
@@ -275,6 +322,11 @@ class Run:
             raise UserError(f"the run took {before} images per step, not {now}: keep {product}")
         for part in ("model", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
+        total = self.args.epochs * self.batches.steps
+        now = learning_rate(state["progress"]["step"], total, self.args.lr)
+        before = self.optimizer.param_groups[0]["lr"]
+        if state["progress"]["step"] and not 0.8 < now / max(before, 1e-12) < 1.25:
+            say(f"the learning rate goes on at {now:.1e} where it was {before:.1e}: see --lr")
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.loss_sum += state["progress"]["loss_sum"]
@@ -294,29 +346,31 @@ class Run:
     def stop(self) -> None:
         """Save after a signal and exit as the shell expects, naming the command that goes on."""
         self.save("last.pt")
-        command = f"python train.py --resume {self.out / 'last.pt'}"
-        print(f"\n{signal.Signals(self.signal).name}: saved. Go on with: {command}", flush=True)
+        dataset.end_workers()
+        command = f"python train.py --resume {shlex.quote(str(self.out / 'last.pt'))}"
+        say(f"\n{signal.Signals(self.signal).name}: saved. Go on with: {command}")
         if self.wandb:
             self.try_wandb(self.wandb.finish)
         sys.exit(128 + self.signal)
 
-    def try_wandb(self, action: Callable, *arguments: object) -> object:
+    def try_wandb(self, action: Callable, *arguments: object, **named: object) -> object:
         """Call Weights & Biases, which cannot end a training: if it fails, this says so once."""
         try:
-            return action(*arguments)
+            return action(*arguments, **named)
         except Exception as error:
-            print(f"warning: no more Weights & Biases ({error!r}); metrics.jsonl goes on")
+            say(f"warning: no more Weights & Biases ({error!r}); metrics.jsonl goes on")
             self.wandb = None
 
 
 def summary(line: dict, epochs: int, better: bool) -> str:
     """A line of metrics.jsonl for a person; a star marks the best epoch so far."""
+    loss, rate = line["train_loss"], line["images_per_second"]
     ious = "  ".join(f"{name} {metrics.percent(iou)}" for name, iou in line["val_iou"].items())
     skipped = f"  {line['skipped_steps']} steps skipped" if line.get("skipped_steps") else ""
     return (
-        f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  "
+        f"epoch {line['epoch']}/{epochs}  loss {'-' if loss is None else f'{loss:.4f}'}  "
         f"fg mIoU {metrics.percent(line['val_foreground_miou'])}{' *' if better else '  '} {ious}  "
-        f"{line['images_per_second']:.1f} images/s  {line['seconds']:.0f} s{skipped}"
+        f"{rate or 0:.1f} images/s  {line['seconds']:.0f} s{skipped}"
     )
 
 
@@ -327,8 +381,8 @@ def start_wandb(args: argparse.Namespace, run_id: str | None, computed: dict) ->
     mode = os.environ.get("WANDB_MODE") if args.wandb == "auto" else args.wandb
     mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     run = wandb.init(
-        project="coco-segmentation",
-        name=Path(args.out).name,
+        project=os.environ.get("WANDB_PROJECT", "coco-segmentation"),
+        name=os.environ.get("WANDB_NAME", Path(args.out).name),
         id=run_id,
         resume="allow" if run_id else None,
         dir=args.out,
@@ -337,7 +391,7 @@ def start_wandb(args: argparse.Namespace, run_id: str | None, computed: dict) ->
         settings=wandb.Settings(console="off", silent=True, **WANDB_LIMITS),
     )
     upload = f"{mode}; to upload: wandb sync {Path(run.dir).parent}"
-    print(f"Weights & Biases: {run.url if mode == 'online' else upload}")
+    say(f"Weights & Biases: {run.url if mode == 'online' else upload}")
     return run
 
 
@@ -363,7 +417,7 @@ def log_wandb(run, line: dict, better: bool, examples: list) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data", help="what prepare_masks.py wrote")
     add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
@@ -388,7 +442,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step")
     add("--lr", type=float, help="highest rate (default: 1e-4 from weights, 1e-3 from scratch)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
-    add("--compile", action="store_true", help="torch.compile the training forward")
+    compiled = argparse.BooleanOptionalAction
+    add("--compile", action=compiled, default=False, help="torch.compile the training forward")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--seed", type=int, default=0, help="of the split, the weights, the order and the crops")
     add = parser.add_argument_group("run").add_argument
@@ -402,42 +457,56 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """Arguments, complete and checked, and the checkpoint to resume from, which gives the defaults:
-    what decides a run's results cannot change."""
+    what decides a run's results cannot change, but for --lr and --epochs."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if distributed.RESTARTS != "0" and Path(args.out or default_out(args), "last.pt").exists():
+    last = Path(args.out or default_out(args), "last.pt")
+    again = args.resume is None and distributed.RESTARTS != "0" and last.exists()
+    if again and models.load_checkpoint(last).get("launch") == distributed.launch():
         args.resume = ""  # a rank had died, and torchrun repeats the command
     if args.resume is None:
         if args.model is None:
             parser.error(f"--model: choose {' or '.join(models.MODELS)}")
+        args.out, args.data = str(last.parent), os.path.abspath(args.data)
         args.weights = args.weights or models.MODELS[args.model].STARTS[0]
         if args.lr is None:
             args.lr = 1e-3 if args.weights == "none" else 1e-4
-        args.out = args.out or default_out(args)
         check_args(parser, args)
-        if Path(args.out, "last.pt").exists():
-            raise UserError(f"{args.out} holds a run already: --resume it, or take another --out")
+        refuse_taken(last)
         return args, None
     if not (args.resume or args.out or args.model):
         parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
-    path = Path(args.resume or Path(args.out or default_out(args), "last.pt"))
+    path = Path(args.resume or last)
+    path = path / "last.pt" if path.is_dir() else path
     state = models.load_checkpoint(path)
-    if "history" not in state["progress"]:
-        raise UserError(f"{path} is of an earlier train.py: start a new run in another --out")
+    if "history" not in state["progress"] or "optimizer" not in state:
+        raise UserError(f"{path} holds no optimizer: resume from the last.pt of its run")
     parser.set_defaults(**{**state["args"], "out": str(path.parent)})
     args = parser.parse_args(argv)
+    args.resume = str(path)
     for name, value in state["args"].items():
         if name not in FREE_ARGUMENTS and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag}: the run in {path} has {value}; --resume cannot change it")
     check_args(parser, args)
+    if Path(args.out).resolve() != path.parent.resolve():
+        refuse_taken(Path(args.out, "last.pt"))
     return args, state
 
 
+def refuse_taken(last: Path) -> None:
+    """Raise UserError where a run has its last.pt already."""
+    if last.exists():
+        raise UserError(f"{last.parent} holds a run already: --resume it, or take another --out")
+
+
 def default_out(args: argparse.Namespace) -> str:
-    """runs/<model and loss>."""
+    """runs/<model, loss, and what else makes a run another one>."""
     parts = [str(args.model)] + [name for name in ("weighted", "focal") if getattr(args, name)]
     parts += [f"oversample{args.oversample}"] if args.oversample > 1 else []
+    for name in ("size", "width", "lr", "seed"):
+        value = getattr(args, name)
+        parts += [f"{name}{value}"] if value != build_parser().get_default(name) else []
     return str(Path("runs", "-".join(parts)))
 
 
@@ -472,27 +541,21 @@ def main(argv: list[str] | None = None) -> None:
             run.restore(state)
         if run.epoch >= args.epochs:
             raise UserError(f"{args.out} is done: {args.epochs} epochs; raise --epochs to go on")
-        if rank() == 0:
-            run.out.mkdir(parents=True, exist_ok=True)
-            write_text(run.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
-            if state is None:  # of a run whose checkpoints were deleted
-                (run.out / "metrics.jsonl").unlink(missing_ok=True)
-        if rank() == 0 and args.wandb != "disabled":
-            computed = {"rare_classes": run.rare, "class_weights": run.named_weights}
-            run.wandb = run.try_wandb(start_wandb, args, run.wandb_id, computed)
-            run.wandb_id = run.wandb.id if run.wandb else run.wandb_id
-        run.catch_signals()
-        try:
-            run.fit()
-        except RuntimeError as error:
-            gpu = isinstance(error, torch.cuda.OutOfMemoryError)
-            if not gpu and "can't allocate memory" not in str(error):
-                raise
-            what = f"{args.model} at --size {args.size} --batch-size {args.batch_size}"
-            remedy = "halve --batch-size and double --accumulate, or lower --size"
-            raise UserError(f"out of memory with {what}: {remedy}") from None
-        if run.wandb:
-            run.try_wandb(run.wandb.finish)
+        with common.locked(run.out) if rank() == 0 else nullcontext():
+            if rank() == 0:
+                run.begin(new=state is None)
+            run.catch_signals()
+            try:
+                run.fit()
+            except RuntimeError as error:
+                gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+                if not gpu and "can't allocate memory" not in str(error):
+                    raise
+                what = f"{args.model} at --size {args.size} --batch-size {args.batch_size}"
+                remedy = "halve --batch-size and double --accumulate, or lower --size"
+                raise UserError(f"out of memory with {what}: {remedy}") from None
+            if run.wandb:
+                run.try_wandb(run.wandb.finish)
 
 
 if __name__ == "__main__":

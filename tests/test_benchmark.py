@@ -9,7 +9,8 @@ import pytest
 from conftest import annotation, command, polygon, write_coco
 from PIL import Image
 
-from common import UserError
+import prepare_masks
+from common import UserError, load_manifest
 
 
 def test_both_ways_make_the_same_masks(tmp_path):
@@ -76,3 +77,22 @@ def test_what_train_refuses():
 def test_a_killed_process_is_told():
     with pytest.raises(UserError, match="killed or out of memory"):
         benchmark.alone(os._exit, 1)
+
+
+def test_overfit_chooses_images_of_every_class_and_of_one_shape(tmp_path, monkeypatch):
+    import overfit
+
+    kinds = ["person", "car", "bus", "dog"]
+    images = [(f"{kind}.jpg", 48, 64, [annotation(kind, polygon(2, 2, 9, 9))]) for kind in kinds]
+    images += [(f"small {kind}.jpg", 48, 64, images[i][3][:0]) for i, kind in enumerate(kinds)]
+    images.append(("large dog.jpg", 64, 48, [annotation("dog", polygon(2, 2, 30, 30))]))
+    write_coco(tmp_path, images)
+    flags = ["--coco-root", str(tmp_path), "--out", str(tmp_path / "data"), "--workers", "1"]
+    prepare_masks.main(flags)
+    monkeypatch.setattr(overfit, "PER_CLASS", 1)
+    chosen = overfit.choose_images(tmp_path / "data")
+    files = load_manifest(tmp_path / "data").files[chosen]
+    assert set(files) == {f"val2017/{kind}.jpg" for kind in kinds}
+    monkeypatch.setattr(overfit, "PER_CLASS", 2)
+    with pytest.raises(UserError, match="too few images with person"):
+        overfit.choose_images(tmp_path / "data")

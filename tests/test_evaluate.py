@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import command, given, settings, some_images, st, write_coco
 from PIL import Image
+from test_metric import confusion_of, counts_of
 
 import evaluate as evaluation
 import prepare_masks
@@ -40,19 +41,25 @@ def test_any_batch_size_gives_the_same_matrix(data, model):
         evaluate(Predictor(model, 64, CPU), evaluation_loader(manifest, rows, 64, *how), "")
         for how in ((1, 0), (3, 1), (8, 0))
     ]
-    assert results[0].shape == (33, 5, 5)
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
-    valid = [row.sum() for row in results[0]]
-    assert valid == manifest.pixels.sum(axis=1).tolist()
-    np.testing.assert_array_equal(results[0].sum(axis=2), manifest.pixels)
+    assert results[0].counts.shape == (33, 3, 5)
+    for other in results[1:]:
+        assert torch.equal(results[0].counts, other.counts)
+        assert torch.equal(results[0].total, other.total)
+    np.testing.assert_array_equal(results[0].counts[:, 1], manifest.pixels)
+    np.testing.assert_array_equal(results[0].total.sum(dim=1), manifest.pixels.sum(axis=0))
 
 
 def test_equals_one_image_at_a_time_by_hand(data, model):
     """Truth at native size, logits resized, padding cut: spelled out for each image."""
     manifest = load_manifest(data)
     rows = np.array([0, 1, 2, 30])
-    matrices = evaluate(Predictor(model, 48, CPU), evaluation_loader(manifest, rows, 48, 2, 0), "")
+    matrices = [
+        evaluate(
+            Predictor(model, 48, CPU), evaluation_loader(manifest, rows[i : i + 1], 48, 2, 0), ""
+        )
+        for i in range(len(rows))
+    ]
+    matrices = [found.total for found in matrices]
     for matrix, row in zip(matrices, rows):
         image, mask = read_pair(manifest, row)
         height, width = mask.shape
@@ -112,7 +119,7 @@ def test_report(checkpoint, tmp_path):
     file = tmp_path / "report.json"
     result = command(
         "evaluate.py", "--ckpt", checkpoint, copy, "--json", file, "--panels", 3,
-        "--pick", "random", "--workers", 1, "--bootstrap", 200, "--device", "cpu",
+        "--pick", "random", "--workers", 1, "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert str(checkpoint) in result.stdout
@@ -120,7 +127,7 @@ def test_report(checkpoint, tmp_path):
     assert first["classes"] == ["background", "person", "car", "bus", "dog"]
     assert first["images"] == 9
     confusion = np.array(first["confusion"])
-    expected = scores(confusion)
+    expected = scores(counts_of(confusion))
     for name, iou in zip(first["classes"], expected["iou"]):
         assert first["iou"][name] == pytest.approx(iou)
     assert first["miou"] == pytest.approx(expected["miou"])
@@ -139,14 +146,16 @@ def test_absent_class_is_null(data, checkpoint, tmp_path):
     """Truth and prediction without a class: null in the JSON, and in no mean."""
     matrices = np.zeros((2, 3, 3), dtype=np.int64)
     matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 1, 0] = 5, 6, 2
-    entry = report(
-        "x", ["background", "person", "car"], matrices, resamples=50, images="validation"
-    )
+    matrices[1, 1, 2] = 3  # pixels that are taken for it
+    confusion = confusion_of(np.repeat(matrices, 2, axis=0))
+    entry = report("x", ["background", "person", "car"], confusion, True, "validation")
     assert entry["iou"]["car"] is None
-    assert entry["interval"]["iou"]["car"] == [None, None]
-    assert entry["miou"] == pytest.approx((10 / 14 + 12 / 16) / 2)
-    assert entry["foreground_miou"] == pytest.approx(12 / 16)
-    assert entry["images_with_class"] == {"background": 2, "person": 2, "car": 0}
+    assert entry["interval"]["iou"]["car"] is None
+    assert entry["miou"] == pytest.approx((20 / 28 + 24 / 38) / 2)
+    assert entry["foreground_miou"] == pytest.approx(24 / 38)
+    assert entry["false_positives"] == {"car": 6}
+    assert "car: 6 pixels, though no image holds it" in as_text(tables([entry])[0])
+    assert entry["images_with_class"] == {"background": 4, "person": 4, "car": 0}
     assert "car" in as_text(tables([entry])[0])
     json.dumps(entry, allow_nan=False)
 
@@ -175,7 +184,7 @@ def test_refusals(data, checkpoint, tmp_path, refused):
 
 def evaluated(checkpoint, file, *flags):
     """The JSON entry of an evaluation through the command line."""
-    flags = ["--json", str(file), "--workers", "0", "--bootstrap", "0", "--device", "cpu", *flags]
+    flags = ["--json", str(file), "--workers", "0", "--no-intervals", "--device", "cpu", *flags]
     evaluation.main(["--ckpt", str(checkpoint), *flags])
     return json.loads(file.read_text())[0]
 
@@ -200,7 +209,7 @@ def test_training_images_and_other_data_are_evaluated_when_asked_for(coco, check
     flags = ["--coco-root", str(tmp_path / "c"), "--out", str(tmp_path / "d"), "--workers", "1"]
     prepare_masks.main(flags)
     entry = evaluated(checkpoint, file, "--data", str(tmp_path / "d"), "--other-data")
-    assert entry["images"] == 4
+    assert (entry["images"], entry["evaluated_on"]) == (4, "all")
 
 
 def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):
@@ -208,7 +217,7 @@ def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):
     file = tmp_path / "report.md"
     result = command(
         "evaluate.py", "--ckpt", checkpoint, copy, "--markdown", file, "--workers", 0,
-        "--bootstrap", 50, "--device", "cpu",
+        "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "Difference to" in result.stdout
@@ -221,7 +230,7 @@ def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):
 def test_confusions_by_hand():
     classes = ["background", "person", "car"]
     matrices = np.array([[[6, 2, 0], [1, 3, 0], [0, 0, 0]]])
-    entry = report("x.pt", classes, matrices, resamples=0, images="")
+    entry = report("x.pt", classes, confusion_of(matrices), False, "")
     (_, scored), (_, confused) = tables([entry])
     assert scored[2] == ["person", "50.0", "", "60.0", "75.0", "1"]
     assert scored[3] == ["car", "-", "", "-", "-", "0"]
@@ -234,8 +243,6 @@ def test_confusions_by_hand():
     ]
     many = np.zeros((1, 20, 20), dtype=np.int64)
     many[0, 7, 3], many[0, 7, 7], many[0, 2, 9] = 1, 3, 5
-    entry = report(
-        "x.pt", [f"class {n}" for n in range(20)], many, resamples=0, images="validation"
-    )
+    entry = report("x.pt", [f"class {n}" for n in range(20)], confusion_of(many), False, "")
     rows = tables([entry])[1][1]
     assert rows[1:3] == [["class 2", "class 9", "100.0"], ["class 7", "class 3", "25.0"]]

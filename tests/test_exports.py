@@ -416,7 +416,7 @@ def test_segmentations_as_tools_write_them(segmentation, area):
     assert len(lost) == (segmentation[-1] == [1, 1, 2, 2])
 
 
-def test_what_cannot_be_used_never_becomes_background(tmp_path):
+def test_what_cannot_be_used_never_becomes_background(tmp_path, capsys):
     bad = [1, 1, float("nan"), 2, 3, 3]
     rows = [image_row(n, f"{n}.jpg") for n in range(6)]
     anns = [
@@ -430,6 +430,7 @@ def test_what_cannot_be_used_never_becomes_background(tmp_path):
         person(5, [[3.1, 3.1, 3.2, 3.1, 3.2, 3.2]]),  # between the centres of pixels
     ]
     manifest, by_name = one_file(tmp_path, rows, anns)
+    assert "\nperson                  4          4       0 " in capsys.readouterr().out
     assert "1.png" not in by_name
     assert (mask_of(tmp_path, "0.png")[1:5, 6:9] == [255, 1, 255]).all()
     assert by_name["0.png"]["ignored"] == 8
@@ -537,6 +538,10 @@ def test_exif_goes_as_the_sizes_of_the_file_say(tmp_path, upright):
     other = "stored" if upright else "upright"
     assert prepare(tmp_path, *flags, "--exif", other)[0]["exif"] == {"a": other}
     assert read_image(folder / "a.jpg", (10, 12), upright=True).size == (12, 10)  # as annotated
+    write_json(path, [image_row(1, "a.jpg", height=0)], [person(1)])  # no size says which
+    for way, size in (("upright", (12, 10)), ("stored", (10, 12))):
+        row = prepare(tmp_path, *flags, "--exif", way)[1]["a.png"]
+        assert (row["height"], row["width"]) == size
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
@@ -862,7 +867,7 @@ def test_flags_that_do_not_belong_together(tmp_path, refuse):
 
 
 def test_augmentations_of_one_picture_stay_on_one_side(tmp_path, capsys):
-    from dataset import split_indices
+    from dataset import image_groups, split_indices
 
     rows, anns = [], []
     for source in range(20):
@@ -879,6 +884,14 @@ def test_augmentations_of_one_picture_stay_on_one_side(tmp_path, capsys):
     sides = split_indices(manifest, 0, None, group=r"^\d")  # a video of this name, say
     first = [{file[0] for file in manifest.files[side]} for side in sides]
     assert not first[0] & first[1]
+    # The rarest class of a group decides, whichever of its images holds it.
+    manifest.pixels[:, 1] = 0
+    manifest.pixels[[0, 3, 6, 9, 12], 1] = 9
+    groups = image_groups(manifest, None)
+    holding = {group for group, row in zip(groups, manifest.pixels) if row[1]}
+    for seed in range(9):
+        _, val = split_indices(manifest, seed, None)
+        assert len(holding & {groups[index] for index in val}) == 1
     manifest.splits[:30] = "b"
     manifest.splits[manifest.files == manifest.files[59]] = "b"
     split_indices(manifest, 0, "b")

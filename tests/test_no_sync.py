@@ -117,7 +117,7 @@ def test_an_evaluation_step_reads_nothing_back(name):
     with NoSync() as mode:
         confusion = evaluation_step(model, "cpu", images, masks)
     assert "scatter_add_" in mode.operations
-    assert confusion.matrices().sum() == 2 * 28 * 32
+    assert confusion.total.sum() == 2 * 28 * 32
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -149,8 +149,8 @@ def test_everything_is_made_on_the_device_of_the_images(name):
             loss = total_loss(model(normalize(images)), masks, weight, 2.0)
             assert loss.device.type == "cuda"
         confusion = evaluation_step(model.eval(), "cuda", images, masks)
-        assert confusion.bins.device.type == "cuda"
-        assert confusion.bins.shape == (2, 10)
+        assert confusion.total.device.type == "cuda"
+        assert confusion.counts.shape == (2, 3, 3)
 
 
 def test_the_fake_mode_sees_a_tensor_on_the_wrong_device():

@@ -27,12 +27,13 @@ def deadly(run, batches):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(run, batches)
 train.Run.train_step = deadly
-report = train.metrics.report
-def noted(name, classes, matrices, **rest):
+gather = train.gather
+def noted(*arguments):
+    counts = gather(*arguments)
     if os.environ.get("RANK", "0") == "0":
-        np.save(os.path.join(os.path.dirname(__file__), "matrices.npy"), matrices)
-    return report(name, classes, matrices, **rest)
-train.metrics.report = noted
+        np.save(os.path.join(os.path.dirname(__file__), "counts.npy"), counts.numpy())
+    return counts
+train.gather = noted
 train.main(sys.argv[1:])
 """
 
@@ -80,9 +81,9 @@ def test_two_ranks_count_each_validation_image_once(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, ranks, batch_size in ((one, 1, 8), (two, 2, 4)):
         launch(folder, data, ranks, batch_size, False, "--epochs", 1, "--lr", 1e-30)
-    matrices = [np.load(folder / "matrices.npy") for folder in (one, two)]
-    assert matrices[0].shape == (9, 5, 5)
-    np.testing.assert_array_equal(matrices[0], matrices[1])
+    counts = [np.load(folder / "counts.npy") for folder in (one, two)]
+    assert counts[0].shape == (9, 3, 5)
+    np.testing.assert_array_equal(counts[0], counts[1])
     (line,), (other,) = lines_of(one), lines_of(two)
     for key in ("val_iou", "val_miou", "val_foreground_miou", "step"):
         assert other[key] == line[key]

@@ -55,7 +55,8 @@ def test_every_model_with_every_loss(data, tmp_path, model, loss):
     state = load_checkpoint(out / "last.pt")
     assert (state["class_weights"] is not None) == ("weighted" in loss)
     assert len(state["val_ids"]) == 9
-    assert sorted(os.listdir(out)) == ["args.json", "best.pt", "last.pt", "metrics.jsonl"]
+    names = [".lock", "args.json", "best.pt", "last.pt", "metrics.jsonl"]
+    assert sorted(os.listdir(out)) == names
 
 
 def test_the_loss_falls_and_the_metric_rises(data, tmp_path):

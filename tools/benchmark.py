@@ -173,7 +173,7 @@ STAGES = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("stage", choices=STAGES, help="what to measure")
     add("--repeats", type=int, default=3, help="runs of each, of which the median counts")

@@ -6,7 +6,6 @@ Draws 400 scenes with people, cars, buses and dogs, annotates them in COCO's for
 prepare_masks.py, train.py and evaluate.py on them with the command lines that it prints.
 """
 
-import argparse
 import json
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from pycocotools import mask as rle
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from common import HelpFormatter, UserError, run_command
+from common import ArgumentParser, UserError, run_command
 
 COMMANDS = [
     "prepare_masks.py --coco-root {out}/coco --split train2017 val2017 --out {out}/data",
@@ -182,9 +181,9 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     folder = "folder to write, empty or an earlier demo's"
     parser.add_argument("--out", type=Path, default="demo", help=folder)
     parser.add_argument("--epochs", type=int, default=7, help="epochs of training")

@@ -3,13 +3,12 @@
     python prepare_masks.py --coco-root coco --split train2017 --out data
     python tools/overfit.py --data data --out overfit
 
-Trains and validates on the same images, for each class the four with its largest instances, and on
+Trains and validates on the same images, for each class the four with most pixels of it, and on
 what evaluation shows of them instead of random crops: this asks whether the loop can fit, and so
 expects a foreground mIoU above 0.8. Two CPU cores take two hours; an interrupted run goes on.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,8 +36,6 @@ SETTINGS = {
 def choose_images(data: Path) -> np.ndarray:
     """Indices of the images to fit, all of one padded shape. Raises UserError if there are few."""
     manifest = common.load_manifest(data)
-    rows = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["images"]
-    instances = np.array([row["instances"] for row in rows])
     sizes = [settings["size"] for settings in SETTINGS.values()]
     shapes = [
         tuple(dataset.padded_size(*native, size) for size in sizes)
@@ -48,7 +45,7 @@ def choose_images(data: Path) -> np.ndarray:
     alike = np.array([shape == usual for shape in shapes])
     chosen = []
     for label, name in enumerate(manifest.classes[1:], start=1):
-        area = alike * manifest.pixels[:, label] / np.maximum(instances[:, label], 1)
+        area = alike * manifest.pixels[:, label]
         largest = np.argsort(-area, kind="stable")[: np.count_nonzero(area)].tolist()
         found = [index for index in largest if index not in chosen][:PER_CLASS]
         if len(found) < PER_CLASS:
@@ -70,7 +67,7 @@ def evaluation_pair(image, mask, size: int) -> tuple:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="prepared masks")
     parser.add_argument("--out", type=Path, default=Path("overfit"), help="run directories")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))

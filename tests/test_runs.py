@@ -1,0 +1,377 @@
+"""What could lose a run, mix it up with another, or end it without need: signals, locks, pipes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, TINY, command
+
+import dataset
+import train
+from common import UserError, default_workers, locked
+from dataset import EpochBatches, evaluation_loader
+from models import load_checkpoint
+
+FLAGS = [*TINY, "--model", "unet"]
+
+
+def run(data, out, *flags):
+    """Train in this process."""
+    train.main([str(flag) for flag in ["--data", data, *FLAGS, "--out", out, *flags]])
+
+
+def start(data, out, *flags, **options):
+    """Train in a process of its own, in a group that a signal can be sent to."""
+    line = [sys.executable, SCRIPTS / "train.py", "--data", data, *FLAGS, "--out", out, *flags]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([*map(str, line)], start_new_session=True, **options)
+
+
+def wait_for(path, process):
+    """Until a file is there."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+needs_groups = pytest.mark.skipif(os.name == "nt", reason="Windows knows no process groups")
+
+
+@needs_groups
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_ends_within_seconds(data, tmp_path, number):
+    """As `timeout`, torchrun, Slurm and a terminal send it: to the loader processes as well."""
+    out = tmp_path / "my run"
+    process = start(data, out, "--epochs", 5000, "--workers", 2)
+    wait_for(out / "best.pt", process)
+    os.killpg(process.pid, number)
+    text, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, error
+    assert "Traceback" not in error
+    assert f"--resume '{out / 'last.pt'}'" in text
+    progress = load_checkpoint(out / "last.pt")["progress"]
+    assert progress["step"] >= progress["epoch"] >= 1
+    with pytest.raises(ProcessLookupError):  # and nobody is left
+        os.killpg(process.pid, 0)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {scripts!r})
+import evaluate, train
+labels = evaluate.Predictor.labels
+def slow(*arguments):
+    open({note!r}, "w").close()
+    time.sleep(0.5)
+    return labels(*arguments)
+evaluate.Predictor.labels = slow
+train.main(sys.argv[1:])
+"""
+
+
+@needs_groups
+def test_a_signal_in_validation_is_answered_there_and_the_epoch_is_kept(data, tmp_path):
+    out, note = tmp_path / "run", tmp_path / "validates"
+    code = SLOW.format(scripts=str(SCRIPTS), note=str(note))
+    line = [sys.executable, "-c", code, "--data", data, *FLAGS, "--out", out, "--epochs", 2]
+    process = subprocess.Popen([*map(str, line)], start_new_session=True, stdout=subprocess.PIPE)
+    wait_for(note, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    started = time.monotonic()
+    process.communicate(timeout=30)
+    assert time.monotonic() - started < 4  # of nine images at half a second
+    assert process.returncode == 143
+    progress = load_checkpoint(out / "last.pt")["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (0, 6, 6)
+    run(data, tmp_path / "whole", "--epochs", 2)
+    train.main(["--resume", str(out)])  # the folder stands for its last.pt
+    one, other = (load_checkpoint(p / "last.pt") for p in (out, tmp_path / "whole"))
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name]), name
+    lines = zip(one["progress"]["history"], other["progress"]["history"], strict=True)
+    assert all(
+        a["val_iou"] == b["val_iou"] and a["train_loss"] == b["train_loss"] for a, b in lines
+    )
+
+
+@needs_groups
+def test_a_closed_pipe_does_not_end_a_training(data, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        process = start(data, tmp_path / "run", "--epochs", 2, stdout=pipe)
+        error = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, error
+    assert error == ""
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 2
+
+
+def test_two_runs_into_one_folder(data, tmp_path, refused):
+    out = tmp_path / "run"
+    code = f"import sys, time; sys.path.insert(0, {str(SCRIPTS)!r}); import common, pathlib\n"
+    code += f"with common.locked(pathlib.Path({str(out)!r})):\n"
+    code += "    print('held', flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        sentence = refused("train", "--data", data, *FLAGS, "--epochs", 1, "--out", out)
+        assert "is in use by another run" in sentence
+        assert sorted(os.listdir(out)) == [".lock"]
+        other.kill()
+    run(data, out, "--epochs", 1)
+
+
+def test_a_lock_is_not_inherited(tmp_path):
+    """A loader process that outlives a killed parent for seconds must not stop the next run."""
+    code = f"import sys, time, os; sys.path.insert(0, {str(SCRIPTS)!r}); import common, pathlib\n"
+    code += f"with common.locked(pathlib.Path({str(tmp_path)!r})):\n"
+    code += "    child = os.fork()\n    if child: print(child, flush=True)\n    time.sleep(99)"
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        child = int(other.stdout.readline())
+        other.kill()
+        other.wait()
+        try:
+            with locked(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_resume_into_another_folder(data, tmp_path, refused):
+    one, other, empty = (tmp_path / name for name in ("one", "other", "empty"))
+    for out in (one, other):
+        run(data, out, "--epochs", 1)
+    before = {p: p.read_bytes() for p in other.iterdir()}
+    flags = ["--resume", one / "last.pt", "--epochs", 2]
+    assert f"{other} holds a run already" in refused("train", *flags, "--out", other)
+    assert {p: p.read_bytes() for p in other.iterdir()} == before
+    state = load_checkpoint(one / "last.pt")
+    state["progress"]["best"] = 2.0  # as if no epoch could be better
+    from models import save_checkpoint
+
+    save_checkpoint(one / "last.pt", state)
+    train.main([*map(str, flags), "--out", str(empty)])
+    assert (empty / "best.pt").read_bytes() == (one / "best.pt").read_bytes()
+    assert json.loads((empty / "args.json").read_text())["out"] == str(empty)
+
+
+def test_a_refused_resume_changes_nothing(data, tmp_path, refused):
+    out = tmp_path / "run"
+    run(data, out, "--epochs", 1)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir()}
+    flags = ["--resume", out / "last.pt", "--epochs", 2]
+    assert "images per step" in refused("train", *flags, "--batch-size", 3)
+    assert "--size" in refused("train", *flags, "--size", 64)
+    assert "no manifest" in refused("train", *flags, "--data", tmp_path)
+    assert "holds no optimizer" in refused("train", "--resume", out / "best.pt", "--epochs", 2)
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.iterdir()} == before
+
+
+def test_a_rate_that_jumps_is_said_and_can_be_chosen(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(data, out, "--epochs", 2)
+    capsys.readouterr()
+    train.main(["--resume", str(out / "last.pt"), "--epochs", "8"])
+    assert "the learning rate goes on at" in capsys.readouterr().out
+    train.main(["--resume", str(out / "last.pt"), "--epochs", "9", "--lr", "1e-5"])
+    rates = [line["lr"] for line in load_checkpoint(out / "last.pt")["progress"]["history"]]
+    assert rates[-1] < 1e-5 < rates[0]
+
+
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch, refused):
+    out, step = tmp_path / "run", train.Run.train_step
+
+    def poisoned(self, batches):
+        loss = step(self, batches)
+        if self.step == 11:  # the last of the second epoch: its own loss is finite
+            with torch.no_grad():
+                self.model.classifier.bias.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(train.Run, "train_step", poisoned)
+    flags = ["--data", data, *FLAGS, "--epochs", 3, "--out", out]
+    sentence = refused("train", *flags)
+    assert "the weights became infinite or not a number in one of the steps" in sentence
+    assert f"{out / 'last.pt'} is of before" in sentence
+    for name in ("last.pt", "best.pt"):
+        state = load_checkpoint(out / name)
+        assert all(value.isfinite().all() for value in state["model"].values())
+    assert load_checkpoint(out / "last.pt")["progress"]["step"] <= 6
+
+
+def test_best_holds_no_more_than_evaluation_needs(checkpoint):
+    best, last = (load_checkpoint(checkpoint.with_name(name)) for name in ("best.pt", "last.pt"))
+    assert set(last) - set(best) == {"optimizer", "scaler"}
+
+
+def test_the_default_name_tells_runs_apart():
+    names = set()
+    for flags in ([], ["--lr", "0.01"], ["--seed", "1"], ["--width", "8"], ["--size", "64"]):
+        args = train.build_parser().parse_args(["--model", "unet", *flags])
+        names.add(train.default_out(args))
+    assert str(Path("runs", "unet")) in names
+    assert len(names) == 5
+
+
+def test_a_restart_goes_on_with_its_own_run_only(data, tmp_path, monkeypatch, refused):
+    out = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    run(data, out, "--epochs", 1)
+    monkeypatch.setattr(train.distributed, "RESTARTS", "1")
+    line = ["--data", str(data), *FLAGS, "--epochs", "2", "--out", str(out)]
+    assert train.parse_args(line)[1] is not None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert "holds a run already" in refused("train", *line)
+
+
+def test_a_run_from_weights_is_validated_before_its_first_step(data, tmp_path, monkeypatch):
+    import models
+
+    donor = models.build_model("deeplab", ["background", "person", "car", "bus", "dog"])
+    monkeypatch.setattr(models.DeepLab, "warm_start", lambda self, *_: self.load_state_dict(
+        donor.state_dict()))  # fmt: skip
+    line = ["--data", str(data), *TINY, "--model", "deeplab", "--width", "64", "--epochs", "1"]
+    out = tmp_path / "run"
+    train.main([*line, "--out", str(out), "--weights", "coco", "--batch-size", "12"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 2)]
+    assert lines[0]["train_loss"] is None
+    assert lines[0]["val_miou"] is not None
+
+
+def test_images_that_an_epoch_left_out_come_first_in_the_next():
+    batches = EpochBatches(np.arange(47), 32, seed=5)
+    epochs = []
+    for epoch in range(47):
+        batches.set_epoch(epoch)
+        epochs.append([index for batch in batches for _, _, index in batch])
+    left = set(range(47)) - set(epochs[0])
+    assert len(left) == 15
+    assert set(epochs[1][:15]) == left
+    counts = np.bincount(np.concatenate(epochs), minlength=47)
+    assert (counts == 32).all()  # of 47 epochs with 32 images each
+
+
+def test_loader_processes_do_not_pile_up(data, tmp_path, monkeypatch):
+    seen, evaluate = [], train.evaluate
+
+    def counted(*arguments):
+        result = evaluate(*arguments)
+        seen.append(len(dataset.multiprocessing.active_children()))
+        return result
+
+    monkeypatch.setattr(train, "evaluate", counted)
+    run(data, tmp_path / "run", "--epochs", 3, "--workers", 1)
+    assert seen[0] == seen[1] == seen[2] <= 2
+
+
+def test_no_wait_without_an_end(data, monkeypatch):
+    manifest = train.common.load_manifest(data)
+    monkeypatch.setattr(dataset, "TIMEOUT", 1)
+    monkeypatch.setattr(dataset, "read_pair", lambda *_: time.sleep(30))
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        list(evaluation_loader(manifest, np.arange(2), 32, 1, 1))
+
+
+def test_what_a_loader_process_says_is_heard(data, tmp_path):
+    """An error in it is not the death of it."""
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'train.py'\n"
+    code += "import dataset, train, common\n"
+    code += "def broken(*_): raise RuntimeError(TEXT)\n"
+    code += "dataset.read_pair = broken\ncommon.run_command(lambda: train.main(sys.argv[1:]))"
+    flags = ["--data", data, *FLAGS, "--workers", 1, "--out"]
+    for text, expected in (
+        ("unable to allocate shared memory(shm) for file </torch_1>", "--shm-size"),
+        ("something else", "RuntimeError: something else"),
+    ):
+        line = [sys.executable, "-c", f"TEXT = {text!r}\n{code}", *flags, tmp_path / text[:3]]
+        result = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=100)
+        assert expected in result.stderr
+        assert "a loader process died" not in result.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_the_scripts_where_processes_do_not_fork(data, coco, tmp_path, method):
+    """As on macOS and Windows, and anywhere with Python 3.14."""
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+    code += "import multiprocessing, prepare_masks, train, evaluate, predict\n"
+    code += "if __name__ == '__main__':\n"
+    code += f"    multiprocessing.set_start_method({method!r})\n"
+    code += "    context = multiprocessing.get_context\n"
+    code += "    multiprocessing.get_context = lambda method=None: context()\n"
+    code += "    globals()[sys.argv[1]].main(sys.argv[2:])"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    out, ckpt = tmp_path / "data", tmp_path / "run" / "last.pt"
+    for line in (
+        ["prepare_masks", "--coco-root", coco, "--out", out, "--workers", 2],
+        ["train", "--data", data, *FLAGS, "--out", ckpt.parent, "--epochs", 1, "--workers", 1],
+        ["evaluate", "--ckpt", ckpt, "--workers", 1],
+        ["predict", "--ckpt", ckpt, "--images", coco / "val2017", "--out", tmp_path / "p"],
+    ):
+        line = [sys.executable, script, *line]
+        result = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr
+
+
+def test_paths_are_expanded_where_the_shell_does_not(checkpoint, tmp_path, monkeypatch):
+    parser = train.common.ArgumentParser(description="")
+    parser.add_argument("--ckpt", nargs="+")
+    parser.add_argument("--out")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b", "x[1]"):
+        (tmp_path / name).mkdir()
+        shutil.copy(checkpoint, tmp_path / name / "best.pt")
+    args = parser.parse_args(["--ckpt", "~/?/best.pt", "--out=~/o"])
+    assert args.ckpt == [str(tmp_path / name / "best.pt") for name in "ab"]
+    assert args.out == str(tmp_path / "o")
+    args = parser.parse_args(["--ckpt", str(tmp_path / "x[1]" / "best.pt"), "none*"])
+    assert args.ckpt == [str(tmp_path / "x[1]" / "best.pt"), "none*"]
+
+
+def test_workers_are_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert default_workers() == 1
+
+
+def test_the_report_comes_before_the_pictures(data, checkpoint, tmp_path, refused):
+    content = json.loads((data / "manifest.json").read_text())
+    for row in content["images"]:
+        row["pixels"].pop("4", None)
+    flags = ["--workers", 0, "--device", "cpu", "--panels", 2]
+    copy = shutil.copy(checkpoint, tmp_path / "last.pt")
+    result = command("evaluate.py", "--ckpt", copy, "--pick", "dog", *flags)
+    assert result.returncode == 0, result.stderr
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+        assert "its folder is read-only" in refused("evaluate", "--ckpt", copy, *flags)
+        tmp_path.chmod(0o700)
+
+
+def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
+    import evaluate
+
+    out = tmp_path / "run"
+    run(data, out, "--epochs", 1, "--amp", "bf16")
+    args = evaluate.build_parser().parse_args(["--ckpt", str(out / "last.pt")])
+    cpu = torch.device("cpu")
+    assert evaluate.load_predictor(args.ckpt[0], args, cpu).dtype == torch.bfloat16
+    args = evaluate.build_parser().parse_args(["--ckpt", "x", "--amp", "off", "--size", "48"])
+    predictor = evaluate.load_predictor(out / "last.pt", args, cpu)
+    assert (predictor.dtype, predictor.size) == (None, 48)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        load_checkpoint(tmp_path)
