@@ -38,7 +38,7 @@ def local_device(name: str) -> str:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the process group for the time of the context; only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -148,7 +148,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     """What to evaluate. Of --other-data the images that it was validated on, or all if there are
     none. Raises UserError if the data is of other classes, or of other masks without --other-data.
     """
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, mmap=True)
     root = args.coco_root or (None if args.data else state["args"].get("coco_root"))
     manifest = common.load_manifest(args.data or state["args"]["data"], root)
     own = f"give the data directory that {path} was trained on with --data"
@@ -174,7 +174,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
 
 def load_predictor(path: str, args: argparse.Namespace, device: torch.device) -> Predictor:
     """The network of a checkpoint; in the size and precision of its training, unless told."""
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, mmap=True)
     amp = args.amp or state["args"]["amp"]
     amp = "off" if amp == "fp16" and device.type == "cpu" and not args.amp else amp
     size = args.size or state["args"]["size"]

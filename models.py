@@ -210,8 +210,9 @@ def save_checkpoint(path: Path, state: dict) -> None:
         torch.save({"version": CHECKPOINT_VERSION, **state}, file)
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Nothing in the file can run code (weights_only).
+    With `mmap` its tensors are read when they are used, if ever.
 
     Raises UserError if it is missing, damaged (by a single bit), of another version or kind.
     """
@@ -219,7 +220,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load looks at no checksum
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        )
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: {remedy}") from None
     except IsADirectoryError:

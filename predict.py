@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     for output in outputs:
         if os.path.realpath(output) in inputs:
             raise UserError(f"{output} would overwrite an input: choose another --out")
-    state = load_checkpoint(args.ckpt)
+    state = load_checkpoint(args.ckpt, mmap=True)
     model, size = model_from_checkpoint(state, device), state["args"]["size"]
     predictor, colors = Predictor(model, size, device, amp_dtype(args.amp, device)), state["colors"]
     upright = state.get("upright", True) if args.exif is None else args.exif == "upright"

@@ -38,6 +38,7 @@ from losses import class_weights, pixel_weights, total_loss
 
 WARMUP = 0.03  # share of all steps
 LOG_EVERY = 20  # steps between two readings of the loss
+TELL_EVERY = 30  # seconds between two lines of it in a log, where there is no bar
 LOGGED_IMAGES = 4
 # What a resumed run may change; of the first two the product is checked, the images of a step.
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
@@ -226,8 +227,9 @@ class Run:
         """The loss for the bar, and where there is none a line each half minute; for W&B too."""
         loss = self.mean_loss()
         bar.set_postfix(loss=f"{loss:.4f}")
-        if bar.disable and time.monotonic() - self.told > 30 and rank() == 0:
-            say(f"{bar.desc}: step {self.batch}/{self.batches.steps}, loss {loss:.4f}")
+        if bar.disable and time.monotonic() - self.told > TELL_EVERY:
+            step = f"step {self.batch}/{self.batches.steps}"
+            say(f"epoch {self.epoch + 1}/{self.args.epochs}: {step}, loss {loss:.4f}")
             self.told = time.monotonic()
         if self.wandb:
             self.try_wandb(self.wandb.log, {"train/epoch_loss": loss}, step=self.step)
@@ -548,6 +550,9 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 run.fit()
             except RuntimeError as error:
+                if args.compile and "C++ compiler" in str(error):
+                    remedy = "install one (g++), or say --no-compile"
+                    raise UserError(f"--compile finds no working C++ compiler: {remedy}") from None
                 gpu = isinstance(error, torch.cuda.OutOfMemoryError)
                 if not gpu and "can't allocate memory" not in str(error):
                     raise

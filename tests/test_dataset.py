@@ -351,8 +351,8 @@ def test_fingerprint_names_the_masks_not_the_place(data, tmp_path):
 
 
 def test_colors_are_distinct_and_stable():
-    colors = class_colors(81)
-    assert len(set(colors)) == 81
+    colors = class_colors(255)
+    assert len(set(colors)) == 255
     assert IGNORE_COLOR not in colors
     assert colors[:5] == class_colors(5)
     mask = np.array([[0, 1], [4, 255]], dtype=np.uint8)

@@ -1,5 +1,6 @@
 """What could lose a run, mix it up with another, or end it without need: signals, locks, pipes."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from conftest import SCRIPTS, TINY, command
 
 import dataset
 import train
-from common import UserError, default_workers, locked
+from common import UserError, default_workers, locked, write_text
 from dataset import EpochBatches, evaluation_loader
 from models import load_checkpoint
 
@@ -248,6 +249,47 @@ def test_a_run_from_weights_is_validated_before_its_first_step(data, tmp_path, m
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 2)]
     assert lines[0]["train_loss"] is None
     assert lines[0]["val_miou"] is not None
+
+
+def test_a_log_that_is_no_terminal_hears_of_the_loss(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    monkeypatch.setattr(train, "TELL_EVERY", 0)
+    run(data, tmp_path / "run", "--epochs", 2)
+    assert "epoch 2/2: step 4/6, loss 0." in capsys.readouterr().out
+
+
+def test_no_compiler_is_one_sentence(data, tmp_path):
+    flags = ["--data", data, *FLAGS, "--epochs", 1, "--out", tmp_path / "run", "--compile"]
+    environment = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
+    result = command("train.py", *flags, env={**os.environ, **environment})
+    assert result.returncode == 2
+    assert "--compile finds no working C++ compiler" in result.stderr.splitlines()[-1]
+
+
+def test_a_stray_world_size_is_no_torchrun(data, tmp_path):
+    flags = ["--data", data, *FLAGS, "--epochs", 1, "--out", tmp_path / "run"]
+    result = command("train.py", *flags, env={**os.environ, "WORLD_SIZE": "4"})
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_rename_that_fails_for_a_moment_and_a_disk_without_fsync(tmp_path, monkeypatch, capsys):
+    failures, replace = [PermissionError("held by a scanner")] * 2, os.replace
+
+    def flaky(*arguments):
+        if failures:
+            raise failures.pop()
+        replace(*arguments)
+
+    def no_fsync(_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(os, "replace", flaky)
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    write_text(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+    assert "knows no fsync" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"cannot write .*none/a \(No such .*: give another path"):
+        write_text(tmp_path / "none" / "a", "")
 
 
 def test_images_that_an_epoch_left_out_come_first_in_the_next():
