@@ -62,9 +62,10 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if world() == 1:
         return model
     if device.type != "cuda":  # torch has no synchronized batch norm for CPUs
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, device_ids=[device])
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=[device], **options)
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

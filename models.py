@@ -236,7 +236,38 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     if state["version"] != CHECKPOINT_VERSION:
         version = f"format version {state['version']}, not {CHECKPOINT_VERSION}"
         raise UserError(f"{path} has {version}: {remedy}")
+    try:
+        check_state(state)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is no sound checkpoint ({error!r}): {remedy}") from None
     return state
+
+
+def check_state(state: dict) -> None:
+    """Raise an error unless what a checkpoint holds is what `train.py` writes: before a network of
+    any size is built, and before a tensor of any kind is used."""
+    arguments, classes = state["args"], state["classes"]
+    kind, size = MODELS[arguments["model"]], arguments["size"]
+    if arguments["width"] not in kind.WIDTHS or not (type(size) is int and 32 <= size <= 2**15):
+        raise ValueError("width or size")
+    if not 2 <= len(classes) <= 255 or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes")
+    channels = [value for color in state["colors"] for value in color]
+    if len(channels) != 3 * len(classes) or not set(channels) <= set(range(256)):
+        raise ValueError("colors")
+    if not all(len(key) == 2 for key in state["val_ids"]):
+        raise ValueError("val_ids")
+    with torch.device("meta"):
+        expected = kind(len(classes), arguments["width"]).state_dict()
+    if expected.keys() != state["model"].keys():
+        raise ValueError("names of weights")
+    for name, like in expected.items():
+        tensor = state["model"][name]
+        plain = tensor.layout == torch.strided and not tensor.is_quantized
+        # An expanded tensor would be of any size in a small file.
+        plain = plain and tensor.untyped_storage().nbytes() >= tensor.nbytes
+        if not plain or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ValueError(name)
 
 
 def model_from_checkpoint(state: dict, device: torch.device) -> nn.Module:

@@ -40,7 +40,7 @@ import coco
 import common
 from coco import Empty, Skipped, Source, Task, Unusable, encode, mask_names, whole
 from common import BACKGROUND, IGNORE_INDEX, UserError, atomic_write, color_mask
-from images import read_labels, swaps_sides
+from images import FORMATS, read_labels, swaps_sides
 
 CLASSES = ["person", "car", "bus", "dog"]
 PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
@@ -141,7 +141,7 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
     damaged: in its header, or with --check anywhere.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             size, stated = (image.height, image.width), (height, width)
             # EXIF is looked at only where it matters: for that Pillow decodes a whole PNG.
             upright = size != stated if all(stated) else work.exif == "upright"

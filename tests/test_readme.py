@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,18 @@ def test_files_and_make_targets_exist():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
+
+
+def test_nothing_is_installed_that_has_known_holes():
+    """What the README names as the oldest stands in requirements.txt, and nothing is older here."""
+    floors = dict(re.findall(r"(Python|torch|Pillow|wandb) (\d+\.\d+)", README))
+    assert set(floors) == {"Python", "torch", "Pillow", "wandb"}
+    requirements = (SCRIPTS / "requirements.txt").read_text()
+    for name, floor in floors.items():
+        oldest = tuple(map(int, floor.split(".")))
+        if name == "Python":
+            assert sys.version_info >= oldest
+            continue
+        assert f"{name.lower()}>={floor}\n" in requirements
+        installed = re.findall(r"\d+", version(name))
+        assert tuple(map(int, installed[:2])) >= oldest, f"{name} {version(name)}"
