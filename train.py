@@ -152,7 +152,9 @@ class Run:
             self.validate(loss, images_per_second, started)
             if self.epoch < self.args.epochs:
                 self.check_signal()
-        say(f"best foreground mIoU {100 * max(self.best, 0):.1f}: {self.out / 'best.pt'}")
+        best = self.out / "best.pt"
+        where = f": {best}" if best.exists() else ""
+        say(f"best foreground mIoU {100 * max(self.best, 0):.1f}{where}")
 
     def train_one_epoch(self) -> tuple[float, float]:
         """The rest of the current epoch. Returns its mean loss and images per second."""
@@ -261,7 +263,7 @@ class Run:
             "images_per_second": images_per_second,
             "seconds": time.perf_counter() - started,
         }
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and self.step:
             line["skipped_steps"] = self.skipped_steps()
         value = -1.0 if line["val_foreground_miou"] is None else line["val_foreground_miou"]
         better = value > self.best
@@ -324,11 +326,12 @@ class Run:
             raise UserError(f"the run took {before} images per step, not {now}: keep {product}")
         for part in ("model", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
-        total = self.args.epochs * self.batches.steps
-        now = learning_rate(state["progress"]["step"], total, self.args.lr)
-        before = self.optimizer.param_groups[0]["lr"]
-        if state["progress"]["step"] and not 0.8 < now / max(before, 1e-12) < 1.25:
-            say(f"the learning rate goes on at {now:.1e} where it was {before:.1e}: see --lr")
+        step, old = state["progress"]["step"], state["args"]
+        plans = [(each["epochs"], each["lr"]) for each in (old, vars(self.args))]
+        rates = [learning_rate(step, n * self.batches.steps, lr) for n, lr in plans]
+        if rates[0] != rates[1]:
+            last = self.optimizer.param_groups[0]["lr"]
+            say(f"the learning rate goes on at {rates[1]:.1e}, where it was {last:.1e}: see --lr")
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.loss_sum += state["progress"]["loss_sum"]
