@@ -7,6 +7,8 @@ Without torchrun there is one process, rank 0 of 1, and nothing here does anythi
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
@@ -17,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # How often torchrun has started these processes anew, after the death of one.
 RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+RENDEZVOUS = 60  # seconds to find each other in
 
 
 def rank() -> int:
@@ -44,10 +47,16 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    # After a restart two may wait for each other, and neither gives up; torchrun then tries again.
+    limit = threading.Timer(RENDEZVOUS, os._exit, (1,))
+    limit.daemon = True
+    limit.start()
     store, number, count = next(dist.rendezvous("env://"))
     # Addresses that dead processes have left in torchrun's store must not be found.
     store = dist.PrefixStore(RESTARTS, store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    limit.cancel()
     try:
         with open(os.devnull, "w") as null:
             out, err = (null, null) if rank() else (sys.stdout, sys.stderr)
@@ -55,6 +64,13 @@ def process_group(device: torch.device) -> Iterator[None]:
                 yield
     finally:
         dist.destroy_process_group()
+
+
+def _follow(launcher: int) -> None:
+    """End with the launcher, whatever has killed it: nobody else would end this process."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -2,8 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +92,54 @@ def test_two_ranks_count_each_validation_image_once(data, tmp_path):
     for key in ("val_iou", "val_miou", "val_foreground_miou", "step"):
         assert other[key] == line[key]
     assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
+def test_ranks_end_when_their_launcher_is_killed(data, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER.format(scripts=str(SCRIPTS), kill=False))
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    line += [tmp_path / "driver.py", "--data", data, *TINY, "--model", "unet", "--epochs", 9999]
+    line = [sys.executable, *line, "--out", tmp_path / "run"]
+    launcher = subprocess.Popen(
+        [*map(str, line)], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    started = time.monotonic()
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert launcher.poll() is None
+        assert time.monotonic() - started < 120
+        time.sleep(0.1)
+    launcher.kill()
+    launcher.wait()
+    killed = time.monotonic()
+    # The ranks have sessions of their own: they are found by what they run.
+    while any(str(tmp_path).encode() in read(p) for p in Path("/proc").glob("[0-9]*/cmdline")):
+        assert time.monotonic() - killed < 30
+        time.sleep(0.2)
+
+
+def read(path):
+    """What a file holds, nothing if it has gone."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def test_a_rank_that_waits_alone_gives_up(data, tmp_path):
+    """As after a restart whose ranks do not find each other."""
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\nimport distributed, torch\n"
+    code += "distributed.RENDEZVOUS = 2\nwith distributed.process_group(torch.device('cpu')): pass"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
+        timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world"), [(2, 3, 2), (4, 1, 3), (12, 1, 1)])
