@@ -81,17 +81,18 @@ train.main(sys.argv[1:])
 
 
 @needs_groups
-def test_a_signal_in_validation_is_answered_there_and_the_epoch_is_kept(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_in_validation_is_answered_there_and_the_epoch_is_kept(data, tmp_path, number):
     out, note = tmp_path / "run", tmp_path / "validates"
     code = SLOW.format(scripts=str(SCRIPTS), note=str(note))
     line = [sys.executable, "-c", code, "--data", data, *FLAGS, "--out", out, "--epochs", 2]
     process = subprocess.Popen([*map(str, line)], start_new_session=True, stdout=subprocess.PIPE)
     wait_for(note, process)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     started = time.monotonic()
     process.communicate(timeout=30)
     assert time.monotonic() - started < 4  # of nine images at half a second
-    assert process.returncode == 143
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
     progress = load_checkpoint(out / "last.pt")["progress"]
     assert (progress["epoch"], progress["batch"], progress["step"]) == (0, 6, 6)
     run(data, tmp_path / "whole", "--epochs", 2)
