@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 import numpy as np
 from PIL import Image
@@ -245,6 +245,10 @@ class ArgumentParser(argparse.ArgumentParser):
         """As in argparse, of expanded arguments."""
         argv = sys.argv[1:] if argv is None else argv
         return super().parse_args([word for given in argv for word in self.expanded(given)])
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UserError: one sentence, without the usage, which fills a screen."""
+        raise UserError(f"{message}; see --help")
 
     @staticmethod
     def expanded(word: str) -> list[str]:

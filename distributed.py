@@ -6,6 +6,7 @@ Without torchrun there is one process, rank 0 of 1, and nothing here does anythi
 """
 
 import os
+import re
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from common import UserError
 
 # How often torchrun has started these processes anew, after the death of one.
 RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -39,14 +42,12 @@ def local_device(name: str) -> str:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group for the time of the context; only rank 0 prints."""
+def process_group() -> Iterator[None]:
+    """Join the process group for the time of the context; only rank 0 prints, and of several ranks
+    that fail the first: with it the others lose a connection, of which nobody needs to hear."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     # After a restart two may wait for each other, and neither gives up; torchrun then tries again.
     limit = threading.Timer(RENDEZVOUS, os._exit, (1,))
@@ -55,13 +56,20 @@ def process_group(device: torch.device) -> Iterator[None]:
     store, number, count = next(dist.rendezvous("env://"))
     # Addresses that dead processes have left in torchrun's store must not be found.
     store = dist.PrefixStore(RESTARTS, store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    # Without a name of a backend: tensors on a GPU go by nccl, those on a CPU by gloo.
+    dist.init_process_group(store=store, rank=number, world_size=count)
     limit.cancel()
     try:
         with open(os.devnull, "w") as null:
             out, err = (null, null) if rank() else (sys.stdout, sys.stderr)
             with redirect_stdout(out), redirect_stderr(err):
                 yield
+    except BaseException as error:
+        if store.add("failed", 1) > 1:
+            sys.exit(2)
+        if isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise UserError("another of torchrun's processes has died: it says which") from None
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -538,9 +538,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     """Train, validating after each epoch; under torchrun as one of its processes."""
-    args, state = parse_args(argv)
-    device = models.pick_device(distributed.local_device(args.device))
-    with distributed.process_group(device):
+    with distributed.process_group():
+        args, state = parse_args(argv)
+        device = models.pick_device(distributed.local_device(args.device))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         run = Run(args, device, weights="none" if state else args.weights)
         if state:
             run.restore(state)

@@ -142,6 +142,44 @@ def test_a_rank_that_waits_alone_gives_up(data, tmp_path):
     assert time.monotonic() - started < 60
 
 
+FAILING = """
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+import common, train
+def step(*_):
+    number = os.environ["RANK"]
+    if {how!r} == "killed" and number == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if {how!r} == "refused" and number == "0":
+        raise common.UserError("cannot write what rank 0 alone writes")
+    return train_step(*_)
+train_step, train.Run.train_step = train.Run.train_step, step
+common.run_command(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("misspelt", "--model: invalid choice: 'unett'"),
+        ("refused", "cannot write what rank 0 alone writes"),
+        ("killed", "another of torchrun's processes has died"),
+    ],
+)
+def test_an_error_of_several_ranks_is_one_sentence(data, tmp_path, how, sentence):
+    (tmp_path / "driver.py").write_text(FAILING.format(scripts=str(SCRIPTS), how=how))
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    line += [tmp_path / "driver.py", "--data", data, *TINY, "--out", tmp_path / "run"]
+    line += ["--model", "unett" if how == "misspelt" else "unet"]
+    result = subprocess.run(
+        [sys.executable, *map(str, line)], capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 1  # torchrun's
+    assert [sentence in x for x in result.stderr.splitlines() if "error: " in x] == [True]
+    assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr  # its own
+    assert "gloo" not in result.stderr
+
+
 @pytest.mark.parametrize(("batch_size", "accumulate", "world"), [(2, 3, 2), (4, 1, 3), (12, 1, 1)])
 def test_a_step_holds_the_same_images_however_they_are_dealt_out(batch_size, accumulate, world):
     rows = np.arange(100, 130)
