@@ -26,9 +26,9 @@ from tqdm import tqdm
 import common
 import metrics
 from common import Manifest, UserError, write_text
-from dataset import evaluation_loader, normalize, read_pair, resized_size
+from dataset import MOST_WORKERS, evaluation_loader, normalize, read_pair, resized_size
 from metrics import ConfusionMatrix, percent, plain, scores
-from models import amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
+from models import LARGEST_SIZE, amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
 from report import Example, draw_panels
 
 
@@ -221,10 +221,10 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate each checkpoint, print the table, write the report and the pictures."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if min(args.panels, args.workers) < 0 or args.batch_size < 1:
-        parser.error("--panels and --workers start at 0, --batch-size at 1")
-    if args.size is not None and args.size < 32:
-        parser.error(f"--size {args.size}: give 32 or more")
+    if min(args.panels, args.workers) < 0 or args.batch_size < 1 or args.workers > MOST_WORKERS:
+        parser.error(f"--panels and --workers (to {MOST_WORKERS}) start at 0, --batch-size at 1")
+    if args.size is not None and not 32 <= args.size <= LARGEST_SIZE:
+        parser.error(f"--size {args.size}: give 32 to {LARGEST_SIZE}")
     check_outputs(args)
     device = pick_device(args.device)
     subjects = [find_subject(path, args) for path in args.ckpt]

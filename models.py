@@ -8,6 +8,7 @@ model is a class with the attributes of `UNet` and an entry in `MODELS`.
 """
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from common import UserError, atomic_write
 
 CHECKPOINT_VERSION = 1
 WEIGHT_DECAY = 0.01
+LARGEST_SIZE = 4096  # pixels: a hostile checkpoint could ask for any memory
 
 # The weights' metadata spells these names of COCO as Pascal VOC does.
 VOC_NAMES = {
@@ -176,10 +178,14 @@ def init_class_prior(model: nn.Module, prior: Tensor) -> None:
 
 def build_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW, fused; biases and batch norm (the one-dimensional parameters) are not decayed."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    decayed, others = _parameter_groups(model)
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def _parameter_groups(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    parameters = list(model.parameters())
+    return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
 
 
 def pick_device(name: str) -> torch.device:
@@ -210,9 +216,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
         torch.save({"version": CHECKPOINT_VERSION, **state}, file)
 
 
-def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
+def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None = None) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Nothing in the file can run code (weights_only).
-    With `mmap` its tensors are read when they are used, if ever.
+    With `mmap` its tensors are read when they are used, if ever. `check` looks at more than
+    `check_state` does, and raises errors of the same kinds.
 
     Raises UserError if it is missing, damaged (by a single bit), of another version or kind.
     """
@@ -233,11 +240,13 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
         raise UserError(f"cannot read the checkpoint {path} (damaged: {damaged}): {remedy}")
     if not isinstance(state, dict) or "version" not in state or "model" not in state:
         raise UserError(f"{path} is not a checkpoint: {remedy}")
-    if state["version"] != CHECKPOINT_VERSION:
+    if not isinstance(state["version"], int) or state["version"] != CHECKPOINT_VERSION:
         version = f"format version {state['version']}, not {CHECKPOINT_VERSION}"
         raise UserError(f"{path} has {version}: {remedy}")
     try:
         check_state(state)
+        if check:
+            check(state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is no sound checkpoint ({error!r}): {remedy}") from None
     return state
@@ -246,28 +255,44 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
 def check_state(state: dict) -> None:
     """Raise an error unless what a checkpoint holds is what `train.py` writes: before a network of
     any size is built, and before a tensor of any kind is used."""
-    arguments, classes = state["args"], state["classes"]
+    arguments, classes, _ = state["args"], state["classes"], state["fingerprint"]
     kind, size = MODELS[arguments["model"]], arguments["size"]
-    if arguments["width"] not in kind.WIDTHS or not (type(size) is int and 32 <= size <= 2**15):
+    if arguments["width"] not in kind.WIDTHS or not (
+        type(size) is int and 32 <= size <= LARGEST_SIZE
+    ):
         raise ValueError("width or size")
     if not 2 <= len(classes) <= 255 or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes")
     channels = [value for color in state["colors"] for value in color]
     if len(channels) != 3 * len(classes) or not set(channels) <= set(range(256)):
         raise ValueError("colors")
-    if not all(len(key) == 2 for key in state["val_ids"]):
+    parts = [part for key in state["val_ids"] for part in key]
+    if len(parts) != 2 * len(state["val_ids"]) or not all(isinstance(p, str | int) for p in parts):
         raise ValueError("val_ids")
+    for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
+        if not isinstance(arguments.get(name), type_):
+            raise ValueError(name)
     with torch.device("meta"):
-        expected = kind(len(classes), arguments["width"]).state_dict()
+        network = kind(len(classes), arguments["width"])
+    expected = network.state_dict()
     if expected.keys() != state["model"].keys():
         raise ValueError("names of weights")
     for name, like in expected.items():
-        tensor = state["model"][name]
-        plain = tensor.layout == torch.strided and not tensor.is_quantized
-        # An expanded tensor would be of any size in a small file.
-        plain = plain and tensor.untyped_storage().nbytes() >= tensor.nbytes
-        if not plain or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-            raise ValueError(name)
+        _require_alike(name, state["model"][name], like)
+    if "optimizer" in state:  # AdamW's fused step writes to wherever the tensors would end
+        parameters = [p for group in _parameter_groups(network) for p in group]
+        for number, moments in state["optimizer"]["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                _require_alike(name, moments[name], parameters[number])
+            _require_alike("step", moments["step"], torch.zeros(()))
+
+
+def _require_alike(name: str, tensor: Tensor, like: Tensor) -> None:
+    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    # An expanded tensor would be of any size in a small file.
+    plain = plain and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    if not plain or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        raise ValueError(name)
 
 
 def model_from_checkpoint(state: dict, device: torch.device) -> nn.Module:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def learning_rate(step: int, total: int, base: float) -> float:
     warmup = max(1, round(WARMUP * total))
     if step < warmup:
         return base * (step + 1) / warmup
-    return base * (1 - (step - warmup) / max(1, total - warmup)) ** 0.9
+    return base * max(0, 1 - (step - warmup) / max(1, total - warmup)) ** 0.9
 
 
 class Run:
@@ -324,14 +325,20 @@ class Run:
         if before != now:
             product = "--batch-size times --accumulate times processes"
             raise UserError(f"the run took {before} images per step, not {now}: keep {product}")
-        for part in ("model", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
-        step, old = state["progress"]["step"], state["args"]
-        plans = [(each["epochs"], each["lr"]) for each in (old, vars(self.args))]
-        rates = [learning_rate(step, n * self.batches.steps, lr) for n, lr in plans]
-        if rates[0] != rates[1]:
-            last = self.optimizer.param_groups[0]["lr"]
-            say(f"the learning rate goes on at {rates[1]:.1e}, where it was {last:.1e}: see --lr")
+        epoch, batch, step = (state["progress"][name] for name in ("epoch", "batch", "step"))
+        if batch > self.batches.steps or step != epoch * self.batches.steps + batch:
+            raise UserError(f"{self.args.resume}: its steps do not add up: start again")
+        self.model.load_state_dict(state["model"])
+        self.scaler.load_state_dict(state["scaler"])
+        plans = state["args"], vars(self.args)
+        old, new = ((plan["epochs"] * self.batches.steps, plan["lr"]) for plan in plans)
+        rate, last = learning_rate(step, *new), learning_rate(max(step - 1, 0), *old)
+        if rate != learning_rate(step, *old):
+            say(f"the learning rate goes on at {rate:.1e}, where it was {last:.1e}: see --lr")
+        groups = self.optimizer.state_dict()["param_groups"]  # all else in them is as at the start
+        groups = [{**group, "lr": last} for group in groups]
+        moments = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.loss_sum += state["progress"]["loss_sum"]
@@ -454,7 +461,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
-    add("--save-every", type=float, default=30, metavar="MINUTES", help="between two last.pt")
+    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between two last.pt")
     modes = ["auto", "online", "offline", "disabled"]
     add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")
     return parser
@@ -483,7 +490,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
     path = Path(args.resume or last)
     path = path / "last.pt" if path.is_dir() else path
-    state = models.load_checkpoint(path)
+    state = models.load_checkpoint(path, check=check_run)
     if "history" not in state["progress"] or "optimizer" not in state:
         raise UserError(f"{path} holds no optimizer: resume from the last.pt of its run")
     parser.set_defaults(**{**state["args"], "out": str(path.parent)})
@@ -497,6 +504,30 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     if Path(args.out).resolve() != path.parent.resolve():
         refuse_taken(Path(args.out, "last.pt"))
     return args, state
+
+
+def check_run(state: dict) -> None:
+    """Raise an error unless the arguments and the progress in a checkpoint are of the kinds that
+    `Run` writes."""
+    if "optimizer" not in state:
+        return  # which gets a sentence of its own
+    (
+        itemgetter("scaler", "wandb_id", "fingerprint")(state),
+        itemgetter("lr", "epochs")(state["args"]),
+    )
+    expected = vars(build_parser().parse_args([]))
+    for name, value in state["args"].items():
+        kind = type(expected[name])
+        if expected[name] is None:
+            kind = {"lr": float, "rare": list}.get(name, str) | None
+        if not isinstance(value, kind):
+            raise TypeError(name)
+    progress = state["progress"]
+    counts = [progress["epoch"], progress["batch"], progress["step"], state["images_per_step"]]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("progress")
+    json.dumps([dict(line) for line in progress.get("history", [])])
+    float(progress["best"]), float(progress["loss_sum"])
 
 
 def refuse_taken(last: Path) -> None:
@@ -517,10 +548,14 @@ def default_out(args: argparse.Namespace) -> str:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work before any data is touched."""
-    lowest = {"size": 32, "oversample": 1, "workers": 0, "epochs": 1, "batch_size": 1}
-    for name, low in {**lowest, "accumulate": 1, "seed": 0, "gamma": 0, "save_every": 0}.items():
-        if not getattr(args, name) >= low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {low} or more")
+    ranges = {"size": (32, models.LARGEST_SIZE), "workers": (0, dataset.MOST_WORKERS)}
+    ranges["seed"] = (0, 2**63 - 1)
+    ranges |= dict.fromkeys(("oversample", "epochs", "batch_size", "accumulate"), (1, math.inf))
+    ranges |= dict.fromkeys(("gamma", "save_every"), (0, math.inf))
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            to = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {to}")
     model = models.MODELS[args.model]
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: give a number above 0")

@@ -202,10 +202,11 @@ def a_state():
     model = build_model("unet", CLASSES_OF_STATE, width=1)
     return {
         "model": model.state_dict(),
-        "args": {"model": "unet", "width": 1, "size": 32, "x": [1, "a", None]},
+        "args": {"model": "unet", "width": 1, "size": 32, "data": "d", "amp": "off"},
         "classes": CLASSES_OF_STATE,
         "colors": [[0, 0, 0], [255, 0, 0]],
         "val_ids": [["val", "1"]],
+        "fingerprint": "",
     }
 
 

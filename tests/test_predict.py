@@ -28,6 +28,7 @@ WHITE = (255, 255, 255)
 def random_checkpoint(path, checkpoint, classes, size):
     """A checkpoint whose labels change from place to place, which two epochs do not give."""
     state = load_checkpoint(checkpoint)
+    del state["optimizer"]  # of other classes
     torch.manual_seed(1)
     model = build_model("unet", classes, 4)
     for name, parameter in model.named_parameters():

@@ -344,6 +344,29 @@ def test_what_a_loader_process_says_is_heard(data, tmp_path):
         assert "a loader process died" not in result.stderr
 
 
+@needs_groups
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_signal_while_loader_processes_start_is_a_stop(data, tmp_path, method):
+    """They take seconds to start where they do not fork; the terminal sends Ctrl-C to them too."""
+    script, out = tmp_path / "script.py", tmp_path / "run"
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\nimport multiprocessing, train\n"
+    code += "if __name__ == '__main__':\n"
+    code += f"    multiprocessing.set_start_method({method!r})\n"
+    code += "    train.common.run_command(lambda: train.main(sys.argv[1:]))"
+    script.write_text(code)
+    line = [sys.executable, script, "--data", data, *FLAGS, "--out", out, "--workers", 2]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, line)], start_new_session=True, **pipes)
+    wait_for(out / "args.json", process)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    text, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "SIGINT: saved. Go on with" in text
+    assert load_checkpoint(out / "last.pt")["progress"]["step"] == 1
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_the_scripts_where_processes_do_not_fork(data, coco, tmp_path, method):
     """As on macOS and Windows, and anywhere with Python 3.14."""
@@ -418,3 +441,42 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         load_checkpoint(tmp_path)
+
+
+MUTATED = [  # each once ended in a traceback, a crash of the interpreter or 10^9 processes
+    (["version"], torch.zeros(3)),
+    (["fingerprint"], None),
+    (["scaler"], None),
+    (["wandb_id"], None),
+    (["images_per_step"], [4]),
+    (["val_ids"], [["a", []]]),
+    (["args", "size"], 30_000),
+    (["args", "workers"], 10**9),
+    (["args", "seed"], 10**30),
+    (["args", "lr"], None),
+    (["args", "data"], 3),
+    (["args", "group"], 3.5),
+    (["progress", "step"], 10**9),
+    (["progress", "epoch"], -1),
+    (["progress", "history"], [torch.zeros(1)]),
+    (["optimizer", "state", 2, "exp_avg"], torch.zeros(3)),
+    (["optimizer", "state", 2, "exp_avg_sq"], None),
+    (["optimizer", "state", 2, "step"], torch.zeros(3)),
+    (["optimizer", "state", 99], {"exp_avg": torch.zeros(3)}),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), MUTATED, ids=lambda x: str(x)[:40])
+def test_a_mutated_checkpoint_is_refused_by_resume(checkpoint, tmp_path, place, value, refused):
+    state = load_checkpoint(checkpoint)
+    inner = state
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    torch.save(state, tmp_path / "last.pt")
+    sentence = refused("train", "--resume", tmp_path / "last.pt", "--epochs", 9)
+    assert str(tmp_path) in sentence or str(value) in sentence
+    assert os.listdir(tmp_path) == ["last.pt"]
