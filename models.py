@@ -297,7 +297,7 @@ def _require_alike(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def model_from_checkpoint(state: dict, device: torch.device) -> nn.Module:
     """The network of a loaded checkpoint, in evaluation mode, on `device`."""
-    arguments = state["args"]
-    model = build_model(arguments["model"], state["classes"], arguments["width"])
-    model.load_state_dict(state["model"])
-    return model.to(device).eval()
+    with torch.device("meta"):  # the tensors of the checkpoint take the place of these
+        model = MODELS[state["args"]["model"]](len(state["classes"]), state["args"]["width"])
+    model.load_state_dict(state["model"], assign=True)
+    return model.to(device, memory_format=torch.channels_last).eval()
