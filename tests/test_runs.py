@@ -327,6 +327,28 @@ def test_no_wait_without_an_end(data, monkeypatch):
         list(evaluation_loader(manifest, np.arange(2), 32, 1, 1))
 
 
+SMALL = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+may_mount = shutil.which("unshare") and not subprocess.run(
+    ["unshare", "-m", "sh", "-c", SMALL], capture_output=True, check=False
+).returncode  # fmt: skip
+
+
+@pytest.mark.skipif(not may_mount, reason="only root may make /dev/shm small")
+def test_a_full_dev_shm_is_a_sentence(data, checkpoint, tmp_path):
+    """As in Docker: here 1 MB of it, and pictures whose batches are larger."""
+    lines = [
+        ["evaluate.py", "--ckpt", checkpoint, "--size", "512", "--workers", "1"],
+        ["train.py", "--data", data, *FLAGS, "--size", "512", "--workers", "1", "--out"],
+    ]
+    lines[1].append(tmp_path / "run")
+    for script, *flags in lines:
+        line = [f'{SMALL} && exec "$@"', "sh", sys.executable, SCRIPTS / script, *flags]
+        line = ["unshare", "-m", "sh", "-c", *map(str, line)]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 2, result.stderr
+        assert "--shm-size" in result.stderr.splitlines()[-1]
+
+
 def test_what_a_loader_process_says_is_heard(data, tmp_path):
     """An error in it is not the death of it."""
     code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'train.py'\n"
