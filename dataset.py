@@ -12,6 +12,7 @@ epoch is a function of (seed, epoch), an image's augmentation of (seed, epoch, p
 
 import atexit
 import hashlib
+import math
 import multiprocessing
 import re
 import signal
@@ -23,7 +24,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from common import IGNORE_INDEX, Manifest, UserError
@@ -32,6 +32,9 @@ from images import read_image, read_mask
 # ImageNet statistics of RGB in [0, 1]: what every pretrained backbone of torchvision expects.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+CHUNK = 2**16  # pixels that fit into a core's cache as float32
+# Luma and two axes of colour, of RGB: the NTSC standard.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 VAL_FRACTION = 0.2
 RARE = 0.05  # share of the training images under which a class counts as rare
 # Evaluation pads to this multiple, so that batches of few different shapes hold all images.
@@ -115,20 +118,67 @@ def oversample(manifest: Manifest, indices: np.ndarray, rare: list[str], factor:
     return np.repeat(indices, np.where(holds_any, factor, 1))
 
 
-def augment(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(3, H, W) and (H, W) uint8 -> (3, size, size) and (size, size): crop, flip, colour jitter.
+def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop: a quarter to all of the area, sides 3:4 to 4:3.
 
-    The mask is sampled at pixel centres ("nearest-exact"); torchvision's own transform takes the
-    top-left neighbour, which shifts it against the image by up to half a pixel.
+    Source: Szegedy et al. 2015, section 6; here a crop that is too high or too wide shrinks until
+    it fits.
     """
-    box = v2.RandomResizedCrop.get_params(image, scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3))
+    area = height * width * rng.uniform(0.25, 1)
+    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    h, w = math.sqrt(area / ratio), math.sqrt(area * ratio)
+    shrink = min(1, height / h, width / w)
+    h, w = max(1, round(h * shrink)), max(1, round(w * shrink))
+    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+
+
+def decoder_scale(box: tuple[int, int, int, int], size: int) -> int:
+    """By how much a JPEG may be made smaller while it is decoded: 1, 2, 4 or 8, so that a crop has
+    `size` pixels or more to each side."""
+    return max(scale for scale in (1, 2, 4, 8) if scale == 1 or min(box[2:]) >= scale * size)
+
+
+def augment(
+    image: Tensor, mask: Tensor, box: tuple[int, int, int, int], size: int, rng
+) -> tuple[Tensor, Tensor]:
+    """(3, h, w) and (H, W) uint8 -> (3, size, size) and (size, size): crop, flip, colour jitter.
+
+    The box counts pixels of the mask; the image may be smaller by a `decoder_scale`. The mask is
+    sampled at pixel centres; torchvision's own transform takes the top-left neighbour, which shifts
+    it against the image by up to half a pixel.
+    """
+    scale = round(mask.shape[1] / image.shape[2])
+    top, left, height, width = (side - side % scale for side in box)
+    box = [side // scale for side in (top, left, height, width)]
     image = F.resized_crop(image, *box, [size, size], antialias=True)
-    nearest = v2.InterpolationMode.NEAREST_EXACT
-    mask = F.resized_crop(mask[None], *box, [size, size], interpolation=nearest)[0]
-    if torch.rand(1) < 0.5:
+    centers = 2 * np.arange(size) + 1  # in halves of a pixel
+    rows, columns = (centers * n // (2 * size) + a for a, n in ((top, height), (left, width)))
+    mask = torch.from_numpy(mask.numpy()[rows].take(columns, axis=1))
+    if rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
-    jitter = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.03)
-    return jitter(image), mask
+    brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
+    return jitter(image, brightness, contrast, saturation, rng.uniform(-0.03, 0.03)), mask
+
+
+def jitter(
+    image: Tensor, brightness: float, contrast: float, saturation: float, hue: float
+) -> Tensor:
+    """(3, H, W) uint8 in other colours: factors, 1 for none, and the hue in turns, 0 for none.
+
+    All four are one affine map of RGB, in one pass over the pixels. Contrast is taken around the
+    mean luma. In YIQ, saturation stretches the plane of I and Q, and hue rotates it: the luma is
+    kept, which the hue of HSV, as in torchvision, changes.
+    """
+    cosine, sine = (saturation * f(2 * math.pi * hue) for f in (math.cos, math.sin))
+    plane = np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
+    matrix = brightness * contrast * np.linalg.inv(YIQ) @ plane @ YIQ
+    matrix, pixels = torch.from_numpy(matrix).float(), image.reshape(3, -1)
+    luma = float(YIQ[0] @ pixels.mean(dim=1, dtype=torch.float32).numpy())
+    offset = torch.full((3, 1), brightness * (1 - contrast) * luma + 0.5)  # to round by cutting
+    result = torch.empty_like(pixels)
+    for part, target in zip(pixels.split(CHUNK, dim=1), result.split(CHUNK, dim=1)):
+        target.copy_(torch.addmm(offset, matrix, part.float()).clamp_(0, 255))
+    return result.view_as(image)
 
 
 def resized_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -173,11 +223,12 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def read_pair(manifest: Manifest, index: int) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) uint8 and mask (H, W) uint8 at native size. Raises UserError."""
+def read_pair(manifest: Manifest, index: int, scale: int = 1) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) uint8, as much smaller by `scale` as its decoder can make it, and mask (H, W)
+    uint8. Raises UserError."""
     height, width = manifest.sizes[index].tolist()
     path, upright = manifest.root / manifest.files[index], bool(manifest.upright[index])
-    image = read_image(path, (height, width), upright)
+    image = read_image(path, (height, width), upright, scale)
     path = manifest.data / "masks_raw" / manifest.masks[index]
     mask = read_mask(path, len(manifest.classes), int(manifest.checksums[index]))
     if mask.shape != (height, width):
@@ -233,11 +284,10 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         epoch, position, index = key
-        image, mask = read_pair(self.manifest, index)
-        # torchvision draws from torch's global generator: lend it a state of this image's own.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, position))
-            return augment(image, mask, self.size)
+        rng = np.random.default_rng([self.seed, epoch, position])
+        box = crop_box(*self.manifest.sizes[index].tolist(), rng)
+        pair = read_pair(self.manifest, index, decoder_scale(box, self.size))
+        return augment(*pair, box, self.size, rng)
 
 
 class EvaluationSet(Dataset):

@@ -40,7 +40,7 @@ import coco
 import common
 from coco import Empty, Skipped, Source, Task, Unusable, encode, mask_names, whole
 from common import BACKGROUND, IGNORE_INDEX, UserError, atomic_write, color_mask
-from images import FORMATS, read_labels, swaps_sides
+from images import FORMATS, orientation, read_labels
 
 CLASSES = ["person", "car", "bus", "dog"]
 PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
@@ -145,7 +145,7 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
             size, stated = (image.height, image.width), (height, width)
             # EXIF is looked at only where it matters: for that Pillow decodes a whole PNG.
             upright = size != stated if all(stated) else work.exif == "upright"
-            turned = upright and swaps_sides(image)
+            turned = upright and orientation(image) >= 5
             if work.check:
                 image.load()
     except Exception:  # a damaged file can make Pillow raise anything

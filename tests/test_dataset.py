@@ -1,5 +1,6 @@
 """Split, oversampling, transforms, loaders: what must always hold."""
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import given, settings, st
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 import dataset
 from common import IGNORE_COLOR, UserError, class_colors, color_mask, load_manifest
@@ -16,8 +18,11 @@ from dataset import (
     EpochBatches,
     TrainingSet,
     augment,
+    crop_box,
+    decoder_scale,
     evaluation_input,
     evaluation_loader,
+    jitter,
     normalize,
     oversample,
     padded_size,
@@ -111,13 +116,59 @@ def test_a_class_in_no_image_is_not_rare_but_absent():
 BLOCKS = np.kron(np.arange(48).reshape(6, 8), np.ones((20, 20))).astype(np.uint8)
 
 
+def test_crops_lie_in_the_image_and_keep_their_shape():
+    rng, shares = np.random.default_rng(0), []
+    for height, width in [(480, 640), (641, 427), (33, 4000), (1, 1), (7, 500)] * 200:
+        top, left, h, w = crop_box(height, width, rng)
+        assert 0 <= top <= height - h < height
+        assert 0 <= left <= width - w < width
+        if min(h, w) > 30:
+            assert 0.7 < w / h < 1.4
+        shares.append(h * w / (height * width) if (height, width) == (480, 640) else 1)
+    assert 0.24 < min(shares) < 0.3
+    tops = {crop_box(100, 100, rng)[0] for _ in range(500)}
+    assert 0 in tops
+    assert max(tops) > 40
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_image_and_mask_move_together(seed, monkeypatch):
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_image_and_mask_move_together(seed, scale, monkeypatch):
+    """The red channel encodes the label; colour jitter is left out, it may change colours. A JPEG's
+    decoder has made the image smaller, whose sides `scale` need not divide."""
+    monkeypatch.setattr(dataset, "jitter", lambda image, *_: image)
+    rng = np.random.default_rng(seed)
+    blocks = np.kron(BLOCKS, np.ones((scale, scale), dtype=np.uint8))
+    blocks = blocks[seed % 7 :, seed % 5 :]
+    box = crop_box(*blocks.shape, rng)
+    size = 96 if scale == 1 else 60
+    picture = Image.fromarray(blocks * 5)
+    if scale > 1:
+        encoded = io.BytesIO()
+        picture.save(encoded, "JPEG", quality=100)
+        picture = Image.open(encoded)
+        assert decoder_scale((0, 0, scale * size, scale * size), size) == scale
+        assert decoder_scale((0, 0, scale * size, scale * size - 1), size) == scale // 2
+        picture.draft(None, (picture.width // scale, picture.height // scale))
+        assert picture.height == -(-len(blocks) // scale)
+    picture = torch.from_numpy(np.array(picture)).expand(3, -1, -1)
+    image, mask = augment(picture, torch.from_numpy(blocks), box, size, rng)
+    assert mask.shape == (size, size)
+    # Of each label the middle, not the edges, where the image is interpolated.
+    off = (image[0].int() - 5 * mask.int()).abs()
+    middle = torch.ones_like(mask, dtype=torch.bool)
+    for shift in [(dy, dx) for dy in (-3, 0, 3) for dx in (-3, 0, 3)]:
+        middle &= mask.roll(shift, (0, 1)) == mask
+    assert off[middle].float().mean() < 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_image_and_mask_agree_exactly(seed, monkeypatch):
     """The red channel encodes the label; colour jitter is left out, it may change colours."""
-    torch.manual_seed(seed)
-    monkeypatch.setattr(dataset.v2, "ColorJitter", lambda **_: lambda image: image)
+    monkeypatch.setattr(dataset, "jitter", lambda image, *_: image)
+    rng = np.random.default_rng(seed)
     picture = torch.from_numpy(BLOCKS * 5).expand(3, -1, -1)
-    image, mask = augment(picture, torch.from_numpy(BLOCKS), 96)
+    image, mask = augment(picture, torch.from_numpy(BLOCKS), crop_box(120, 160, rng), 96, rng)
     assert image.shape == (3, 96, 96)
     assert mask.shape == (96, 96)
     assert set(mask.unique().tolist()) <= set(range(48))
@@ -131,12 +182,48 @@ def test_image_and_mask_move_together(seed, monkeypatch):
     assert off[inner].max() <= 1
 
 
+def pictures():
+    """Noise, in which neighbours differ by all, and smooth colours as of a photograph."""
+    rng = np.random.default_rng(0)
+    yield torch.from_numpy(rng.integers(0, 256, (3, 64, 96), dtype=np.uint8))
+    smooth = torch.from_numpy(rng.uniform(80, 175, (1, 3, 5, 7)))
+    yield torch.nn.functional.interpolate(smooth, (64, 96), mode="bicubic")[0].clamp(0, 255).byte()
+
+
+def test_jitter_is_torchvisions_but_for_the_hue():
+    for image in pictures():
+        assert torch.equal(jitter(image, 1, 1, 1, 0), image)
+        for factor in (0.7, 0.9, 1.2, 1.3):
+            for place, adjust in enumerate(
+                (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+            ):
+                factors = [1, 1, 1]
+                factors[place] = factor
+                off = jitter(image, *factors, 0).int() - adjust(image, factor).int()
+                assert off.abs().max() <= 1, (adjust, factor)
+
+
+@pytest.mark.parametrize("turns", [-0.03, 0.03])
+def test_hue_keeps_the_luma_and_turns_as_torchvisions(turns):
+    _, image = pictures()
+    found = jitter(image, 1, 1, 1, turns)
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    inside = ((found > 0) & (found < 255)).all(dim=0)
+    off = torch.einsum("c,chw->hw", luma, found.float() - image.float())
+    assert off[inside].abs().max() <= 1
+    # HSV's hue is no linear map: near, and in the same direction.
+    image, found = image.float(), found.float()
+    expected = F.adjust_hue(image / 255, turns) * 255
+    assert (found - expected).abs().mean() < 3
+    assert ((found - image) * (expected - image)).mean() > 0.5 * (expected - image).square().mean()
+
+
 @pytest.mark.parametrize("source", [16, 48, 64, 96, 128])
-def test_masks_are_sampled_at_pixel_centres(source, monkeypatch):
+def test_masks_are_sampled_at_pixel_centres(source):
     """A half-and-half mask resized to 32 keeps its edge; "nearest" would move it at some sizes."""
     whole = (0, 0, source, source)
-    monkeypatch.setattr(dataset.v2.RandomResizedCrop, "get_params", lambda *_, **__: whole)
-    monkeypatch.setattr(dataset.torch, "rand", lambda _: torch.ones(1))  # no flip
+    rng = np.random.default_rng(1)
+    assert rng.random() > 0.5  # no flip
     image = torch.zeros(3, source, source, dtype=torch.uint8)
     mask = torch.zeros(source, source, dtype=torch.uint8)
     mask[:, source // 2 :] = 1
@@ -144,9 +231,9 @@ def test_masks_are_sampled_at_pixel_centres(source, monkeypatch):
     expected = torch.zeros(32, 32, dtype=torch.uint8)
     expected[:, 16:] = 1
     expected[16:] += 2
-    assert torch.equal(augment(image, mask, 32)[1], expected)
+    assert torch.equal(augment(image, mask, whole, 32, np.random.default_rng(1))[1], expected)
     gradient = torch.arange(source, dtype=torch.uint8).expand(source, source)
-    columns = augment(image, gradient, 32)[1][0].double()
+    columns = augment(image, gradient, whole, 32, np.random.default_rng(1))[1][0].double()
     centre = (columns - torch.arange(source).double().mean()).mean().item()
     assert abs(centre) <= 0.5
 

@@ -479,10 +479,10 @@ def test_accumulate_through_the_command_line(data, tmp_path):
 def test_a_loader_process_that_dies_is_a_sentence(data, tmp_path, monkeypatch, refused):
     read = dataset.read_pair
 
-    def deadly(manifest, row):
+    def deadly(manifest, row, scale=1):
         if torch.utils.data.get_worker_info() is not None and row == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(manifest, row)
+        return read(manifest, row, scale)
 
     monkeypatch.setattr(dataset, "read_pair", deadly)
     flags = ["--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run", "--workers", 2]

@@ -54,7 +54,7 @@ def choose_images(data: Path) -> np.ndarray:
     return np.sort(chosen)
 
 
-def evaluation_pair(image, mask, size: int) -> tuple:
+def evaluation_pair(image, mask, _, size: int, __) -> tuple:
     """In place of `dataset.augment`: an image as evaluation shows it, and its mask likewise. A
     DeepLab that has memorised few images loses ten points of IoU where they are padded otherwise.
     """
@@ -80,7 +80,7 @@ def main() -> None:
     args = build_parser().parse_args()
     chosen = choose_images(args.data)
     dataset.split_indices = lambda *_: (chosen, chosen)
-    dataset.augment = evaluation_pair
+    dataset.augment, dataset.decoder_scale = evaluation_pair, lambda *_: 1
     classes = common.load_manifest(args.data).classes[1:]
     checkpoints = []
     for model in args.models:
