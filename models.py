@@ -21,6 +21,7 @@ from common import UserError, atomic_write
 
 CHECKPOINT_VERSION = 1
 WEIGHT_DECAY = 0.01
+CPU_FLAGS = Path("/proc/cpuinfo")
 LARGEST_SIZE = 4096  # pixels: a hostile checkpoint could ask for any memory
 
 # The weights' metadata spells these names of COCO as Pascal VOC does.
@@ -81,6 +82,17 @@ class UNet(nn.Module):
         return {"out": self.classifier(x)[..., :height, :width]}
 
 
+class ImagePooling(nn.Sequential):
+    """torchvision's `ASPPPooling` with the same layers, and a result that stays channels last: from
+    there on its gradients, and those of 1,280 channels beside it, would change their layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 2048, H, W) -> (N, 256, H, W), the same at each pixel."""
+        pooled = super().forward(F.avg_pool2d(x, x.shape[2:]))
+        pooled = pooled.expand(-1, -1, *x.shape[2:])
+        return pooled.contiguous(memory_format=torch.channels_last)
+
+
 class DeepLab(nn.Module):
     """torchvision's DeepLabV3-ResNet50 (Chen et al. 2017), output stride 8, with auxiliary head.
 
@@ -103,6 +115,8 @@ class DeepLab(nn.Module):
         self.backbone = network.backbone
         self.classifier = network.classifier
         self.aux_classifier = network.aux_classifier
+        branches = self.classifier[0].convs
+        branches[-1] = ImagePooling(*branches[-1])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) float -> {"out": (N, C, H, W)}, in training mode "aux" too."""
@@ -111,7 +125,7 @@ class DeepLab(nn.Module):
         if self.training:
             logits["aux"] = self.aux_classifier(features["aux"])
         for name, x in logits.items():
-            x = F.interpolate(x.float(), scale_factor=self.STRIDE, mode="bilinear")
+            x = F.interpolate(x.float().contiguous(), scale_factor=self.STRIDE, mode="bilinear")
             logits[name] = x[..., : images.shape[-2], : images.shape[-1]]
         return logits
 
@@ -202,9 +216,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype, None for float32. "auto" is bf16 or else fp16 on a GPU, off on a CPU."""
+    """Autocast dtype, None for float32. "auto" is bf16 or else fp16 on a GPU, bf16 on a CPU that
+    computes in it (Linux says which), else off."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if amp == "auto" and device.type == "cpu" and CPU_FLAGS.exists():
+        amp = "bf16" if {"avx512_bf16", "amx_bf16"} & set(CPU_FLAGS.read_text().split()) else "off"
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a GPU: use --amp bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)

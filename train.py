@@ -88,7 +88,6 @@ class Run:
         self.val_loader = dataset.evaluation_loader(manifest, mine, args.size, *loading)
 
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-        torch.backends.cudnn.benchmark = True
         pixels = manifest.pixels[indices].sum(axis=0)  # as often as they are drawn
         if not pixels[1:].any():
             raise UserError(f"no training image of {args.data} holds a pixel of any class")
@@ -162,6 +161,7 @@ class Run:
         args, batches, first, parts = self.args, self.batches, self.batch, []
         batches.set_epoch(self.epoch, start=first)
         self.model.train()
+        torch.backends.cudnn.benchmark = True  # pays for one shape, not for those of validation
         started = saved = time.perf_counter()
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         bar = tqdm(total=batches.steps, initial=first, desc=title, leave=False, disable=None)
@@ -246,6 +246,7 @@ class Run:
         """Evaluate, save, log, end the epoch: best.pt if it is the best, last.pt in any case."""
         self.save("last.pt")  # whatever ends the validation, the epoch is done
         distributed.share_buffers(self.model)
+        torch.backends.cudnn.benchmark = False
         confusion = evaluate(self.predictor, self.val_loader, "validate", self.check_signal)
         counts = gather(confusion.counts, len(self.val_indices)).cpu().numpy()
         found = metrics.scores(counts.sum(axis=0))

@@ -124,7 +124,7 @@ def checkpoint(data, tmp_path_factory):
 
 
 TINY = "--size 32 --width 4 --batch-size 4 --val-split val2017 --workers 0 --device cpu".split()
-TINY += ["--wandb", "disabled"]
+TINY += ["--wandb", "disabled", "--amp", "off"]
 
 
 def command(script, *arguments, **options):

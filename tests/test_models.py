@@ -12,6 +12,7 @@ import torch
 from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
 
+import models
 from common import UserError
 from models import (
     DeepLab,
@@ -68,6 +69,21 @@ def test_deeplab_is_torchvisions():
     assert {k: tuple(v.shape) for k, v in outputs.items()} == dict.fromkeys(
         ["out", "aux"], (2, 21, 65, 50)
     )
+
+
+def test_image_pooling_is_torchvisions():
+    torch.manual_seed(0)
+    mine = DeepLab(2).classifier[0].convs[-1]
+    referee = deeplabv3_resnet50(weights=None, weights_backbone=None).classifier[0].convs[-1]
+    referee.load_state_dict(mine.state_dict())
+    features = torch.rand(2, 2048, 5, 7)
+    features = [features.clone().requires_grad_() for _ in range(2)]
+    results = [pool.eval()(x) for pool, x in zip((mine, referee), features)]
+    weights = torch.rand(results[0].shape)
+    for result in results:
+        (result * weights).sum().backward()
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(features[0].grad, features[1].grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (65, 50), (57, 40)])
@@ -185,6 +201,17 @@ def test_devices(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(("flags", "dtype"), [("sse avx512_bf16", torch.bfloat16), ("avx2", None)])
+def test_a_cpu_computes_in_bf16_where_it_can(flags, dtype, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t: fpu {flags} x\n")
+    monkeypatch.setattr(models, "CPU_FLAGS", tmp_path / "cpuinfo")
+    cpu = torch.device("cpu")
+    assert models.amp_dtype("auto", cpu) == dtype
+    assert models.amp_dtype("off", cpu) is None
+    monkeypatch.setattr(models, "CPU_FLAGS", tmp_path / "none")
+    assert models.amp_dtype("auto", cpu) is None
+
+
 def test_no_gpu_is_one_sentence():
     with pytest.raises(UserError, match="no device 'cuda' here.*--device cpu"):
         pick_device("cuda")

@@ -108,6 +108,37 @@ def test_a_training_step_reads_nothing_back(name):
     assert torch.isfinite(loss)
 
 
+class ChannelsLast(TorchDispatchMode):
+    """Notes operations with a result of many channels that is not channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.others = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            many = isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and tensor.shape[1] >= 8
+            if many and min(tensor.shape[2:]) > 1 and 0 not in tensor.stride():
+                self.seen += 1
+                if tensor.stride(1) != 1:
+                    self.others.add(function.__name__)
+        return result
+
+
+@pytest.mark.parametrize("name", ["unet", "deeplab"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_training_step_is_channels_last_to_the_end(name, dtype):
+    run = a_run(build_model(name, CLASSES, width=8), "cpu")
+    run.dtype = dtype
+    run.model.train()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with ChannelsLast() as mode:
+        Run.train_step(run, [(images, torch.zeros(2, 64, 64, dtype=torch.uint8))])
+    assert mode.seen > 100
+    assert mode.others == set()
+
+
 @pytest.mark.parametrize("name", ["unet", "deeplab"])
 @torch.no_grad()
 def test_an_evaluation_step_reads_nothing_back(name):

@@ -316,7 +316,7 @@ def test_loader_processes_do_not_pile_up(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", counted)
     run(data, tmp_path / "run", "--epochs", 3, "--workers", 1)
-    assert seen[0] == seen[1] == seen[2] <= 2
+    assert seen == [1, 1, 1]  # those of training
 
 
 def test_no_wait_without_an_end(data, monkeypatch):
