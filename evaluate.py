@@ -172,18 +172,20 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     return Subject(path, manifest, np.flatnonzero(held), images)
 
 
-def load_predictor(path: str, args: argparse.Namespace, device: torch.device) -> Predictor:
-    """The network of a checkpoint; in the size and precision of its training, unless told."""
-    state = load_checkpoint(path, mmap=True)
-    amp = args.amp or state["args"]["amp"]
-    amp = "off" if amp == "fp16" and device.type == "cpu" and not args.amp else amp
-    size = args.size or state["args"]["size"]
-    return Predictor(model_from_checkpoint(state, device), size, device, amp_dtype(amp, device))
+def load_predictor(
+    state: dict, device: torch.device, amp: str | None = None, size: int | None = None
+) -> Predictor:
+    """The network of a loaded checkpoint, in size and precision as trained, unless told."""
+    trained = state["args"]["amp"]
+    trained = "off" if trained == "fp16" and device.type == "cpu" else trained
+    model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
+    return Predictor(model, size, device, amp_dtype(amp or trained, device))
 
 
 def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
     """The pixel counts of a checkpoint."""
-    predictor = load_predictor(subject.path, args, device)
+    state = load_checkpoint(subject.path, mmap=True)
+    predictor = load_predictor(state, device, args.amp, args.size)
     loading = (predictor.size, args.batch_size, args.workers)
     loader = evaluation_loader(subject.manifest, subject.indices, *loading)
     return evaluate(predictor, loader, subject.path)
@@ -196,7 +198,9 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    examples = predict_examples(load_predictor(subject.path, args, device), manifest, chosen)
+    state = load_checkpoint(subject.path, mmap=True)
+    predictor = load_predictor(state, device, args.amp, args.size)
+    examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
     print(f"picture: {panels_path(subject.path)}")

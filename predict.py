@@ -27,9 +27,9 @@ from tqdm import tqdm
 import common
 from common import UserError
 from dataset import evaluation_input, padded_size, to_tensor
-from evaluate import Predictor
+from evaluate import Predictor, load_predictor
 from images import read_image
-from models import amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
+from models import load_checkpoint, pick_device
 from report import overlay
 
 OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
@@ -115,7 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     exif = "picture that is segmented (default: as in the training)"
     add("--exif", choices=["stored", "upright"], help=exif)
     add("--batch-size", type=int, help="images at once (default: 8 on a GPU; 2 on a CPU, for 4 GB)")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    amp = "autocast (default: as in training)"
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], help=amp)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser
 
@@ -135,8 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.path.realpath(output) in inputs:
             raise UserError(f"{output} would overwrite an input: choose another --out")
     state = load_checkpoint(args.ckpt, mmap=True)
-    model, size = model_from_checkpoint(state, device), state["args"]["size"]
-    predictor, colors = Predictor(model, size, device, amp_dtype(args.amp, device)), state["colors"]
+    predictor, colors = load_predictor(state, device, args.amp), state["colors"]
     upright = state.get("upright", True) if args.exif is None else args.exif == "upright"
     del state  # the optimizer's part is twice as large as the model
     for folder in OUTPUTS:
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # on metadata, without the file's name
     done = 0
     with ThreadPoolExecutor(common.default_workers()) as pool:
-        for batch in batches(files, size, upright, batch_size, pool):
+        for batch in batches(files, predictor.size, upright, batch_size, pool):
             labels = predict_labels(predictor, [image for _, image in batch])
             write = partial(write_outputs, args.out, colors)
             done += sum(1 for _ in pool.map(write, batch, labels))

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
@@ -39,6 +39,7 @@ from losses import class_weights, pixel_weights, total_loss
 
 WARMUP = 0.03  # share of all steps
 LOG_EVERY = 20  # steps between two readings of the loss
+MUCH_WAITING = 0.2  # share of an epoch that a GPU may wait for data before the user hears of it
 TELL_EVERY = 30  # seconds between two lines of it in a log, where there is no bar
 LOGGED_IMAGES = 4
 # What a resumed run may change; of the first two the product is checked, the images of a step.
@@ -145,27 +146,36 @@ class Run:
     def fit(self) -> None:
         """The epochs that are left; of a network that starts from weights, first what these do."""
         if not self.history and self.args.weights != "none":
-            self.validate(None, None, time.perf_counter())
+            self.validate({}, time.perf_counter())
         while self.epoch < self.args.epochs:
             started = time.perf_counter()
-            loss, images_per_second = self.train_one_epoch()
-            self.validate(loss, images_per_second, started)
+            self.validate(self.train_one_epoch(), started)
             if self.epoch < self.args.epochs:
                 self.check_signal()
         best = self.out / "best.pt"
         where = f": {best}" if best.exists() else ""
         say(f"best foreground mIoU {100 * max(self.best, 0):.1f}{where}")
 
-    def train_one_epoch(self) -> tuple[float, float]:
-        """The rest of the current epoch. Returns its mean loss and images per second."""
+    def batches_timed(self) -> Iterator[list[Tensor]]:
+        """Those of the loader; the seconds that it has let wait are added to `waited`."""
+        before = time.perf_counter()
+        for batch in self.loader:
+            self.waited += time.perf_counter() - before
+            yield batch
+            before = time.perf_counter()
+
+    def train_one_epoch(self) -> dict[str, float]:
+        """The rest of the current epoch. Returns what metrics.jsonl says of it: mean loss, images
+        per second, and the share of the time that it waited for data."""
         args, batches, first, parts = self.args, self.batches, self.batch, []
         batches.set_epoch(self.epoch, start=first)
         self.model.train()
         torch.backends.cudnn.benchmark = True  # pays for one shape, not for those of validation
-        started = saved = time.perf_counter()
+        started, self.waited = time.perf_counter(), 0.0
+        saved = started
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         bar = tqdm(total=batches.steps, initial=first, desc=title, leave=False, disable=None)
-        for batch in self.loader:
+        for batch in self.batches_timed():
             parts.append([tensor.to(self.device, non_blocking=True) for tensor in batch])
             if len(parts) < args.accumulate:
                 continue
@@ -179,8 +189,12 @@ class Run:
                 self.save("last.pt")
                 saved = time.perf_counter()
         bar.close()
+        loss, seconds = self.mean_loss(), time.perf_counter() - started
         images = (batches.steps - first) * batches.images_per_step
-        return self.mean_loss(), images / (time.perf_counter() - started)
+        waiting = self.waited / seconds
+        if self.device.type == "cuda" and waiting > MUCH_WAITING:
+            say(f"the GPU waited for data {waiting:.0%} of the time: raise --workers")
+        return {"train_loss": loss, "images_per_second": images / seconds, "data_wait": waiting}
 
     def train_step(self, batches: list[list[Tensor]]) -> Tensor:
         """One step on batches of images (N, 3, H, W) and masks (N, H, W), uint8, on the device.
@@ -242,8 +256,9 @@ class Run:
         if self.signal:
             self.stop()
 
-    def validate(self, loss: float | None, images_per_second: float | None, started: float) -> None:
-        """Evaluate, save, log, end the epoch: best.pt if it is the best, last.pt in any case."""
+    def validate(self, trained: dict[str, float], started: float) -> None:
+        """Evaluate, save, log, end the epoch that was `trained`, if there was one: best.pt if it is
+        the best, last.pt in any case."""
         self.save("last.pt")  # whatever ends the validation, the epoch is done
         distributed.share_buffers(self.model)
         torch.backends.cudnn.benchmark = False
@@ -251,18 +266,19 @@ class Run:
         counts = gather(confusion.counts, len(self.val_indices)).cpu().numpy()
         found = metrics.scores(counts.sum(axis=0))
         classes = self.manifest.classes
-        if loss is not None:
+        if trained:
             self.epoch, self.batch = self.epoch + 1, 0
             self.loss_sum.zero_()
         line = {
             "epoch": self.epoch,
             "step": self.step,
-            "train_loss": loss,
+            "train_loss": trained.get("train_loss"),
             "val_iou": dict(zip(classes, map(metrics.plain, found["iou"]))),
             "val_miou": metrics.plain(found["miou"]),
             "val_foreground_miou": metrics.plain(found["foreground_miou"]),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": images_per_second,
+            "images_per_second": trained.get("images_per_second"),
+            "data_wait": trained.get("data_wait"),
             "seconds": time.perf_counter() - started,
         }
         if self.scaler.is_enabled() and self.step:
@@ -377,13 +393,13 @@ class Run:
 
 def summary(line: dict, epochs: int, better: bool) -> str:
     """A line of metrics.jsonl for a person; a star marks the best epoch so far."""
-    loss, rate = line["train_loss"], line["images_per_second"]
+    loss, rate, waiting = (line[k] for k in ("train_loss", "images_per_second", "data_wait"))
     ious = "  ".join(f"{name} {metrics.percent(iou)}" for name, iou in line["val_iou"].items())
     skipped = f"  {line['skipped_steps']} steps skipped" if line.get("skipped_steps") else ""
     return (
         f"epoch {line['epoch']}/{epochs}  loss {'-' if loss is None else f'{loss:.4f}'}  "
         f"fg mIoU {metrics.percent(line['val_foreground_miou'])}{' *' if better else '  '} {ious}  "
-        f"{rate or 0:.1f} images/s  {line['seconds']:.0f} s{skipped}"
+        f"{rate or 0:.1f} images/s ({waiting or 0:.0%} waiting)  {line['seconds']:.0f} s{skipped}"
     )
 
 
@@ -412,7 +428,7 @@ def log_wandb(run, line: dict, better: bool, examples: list) -> None:
     """Log a line of metrics.jsonl, and a few validation images with masks to switch on."""
     import wandb
 
-    names = ("train_loss", "lr", "images_per_second", "skipped_steps")
+    names = ("train_loss", "lr", "images_per_second", "data_wait", "skipped_steps")
     values = {f"train/{name.removeprefix('train_')}": line.get(name) for name in names}
     values |= {"val/miou": line["val_miou"], "val/foreground_miou": line["val_foreground_miou"]}
     values |= {f"val_iou/{name}": iou for name, iou in line["val_iou"].items()}

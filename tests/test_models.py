@@ -194,7 +194,6 @@ def test_prior_is_what_an_untrained_network_predicts(name):
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto").type == "cpu"
-    assert amp_dtype("auto", torch.device("cpu")) is None
     assert amp_dtype("bf16", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(UserError, match="no device 'tpu'"):
         pick_device("tpu")

@@ -259,6 +259,24 @@ def test_a_log_that_is_no_terminal_hears_of_the_loss(data, tmp_path, monkeypatch
     assert "epoch 2/2: step 4/6, loss 0." in capsys.readouterr().out
 
 
+def test_an_epoch_tells_how_long_it_waited_for_data(data, tmp_path, monkeypatch):
+    read = dataset.read_pair
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        return read(*arguments)
+
+    run(data, tmp_path / "fast", "--epochs", 1, "--batch-size", 12)
+    monkeypatch.setattr(dataset, "read_pair", slow)
+    run(data, tmp_path / "slow", "--epochs", 1, "--batch-size", 12)
+    shares = []
+    for name in ("fast", "slow"):
+        line = json.loads((tmp_path / name / "metrics.jsonl").read_text())
+        shares.append(line["data_wait"])
+    assert 0 < shares[0] < shares[1] < 1
+    assert shares[1] > 0.8
+
+
 def test_no_compiler_is_one_sentence(data, tmp_path):
     flags = ["--data", data, *FLAGS, "--epochs", 1, "--out", tmp_path / "run", "--compile"]
     environment = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
@@ -452,11 +470,9 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
 
     out = tmp_path / "run"
     run(data, out, "--epochs", 1, "--amp", "bf16")
-    args = evaluate.build_parser().parse_args(["--ckpt", str(out / "last.pt")])
-    cpu = torch.device("cpu")
-    assert evaluate.load_predictor(args.ckpt[0], args, cpu).dtype == torch.bfloat16
-    args = evaluate.build_parser().parse_args(["--ckpt", "x", "--amp", "off", "--size", "48"])
-    predictor = evaluate.load_predictor(out / "last.pt", args, cpu)
+    state, cpu = load_checkpoint(out / "last.pt"), torch.device("cpu")
+    assert evaluate.load_predictor(state, cpu).dtype == torch.bfloat16
+    predictor = evaluate.load_predictor(state, cpu, "off", 48)
     assert (predictor.dtype, predictor.size) == (None, 48)
 
 

@@ -35,7 +35,7 @@ def lines_of(out):
 
 
 def without_times(out):
-    times = ("images_per_second", "seconds")
+    times = ("images_per_second", "data_wait", "seconds")
     return [{k: v for k, v in line.items() if k not in times} for line in lines_of(out)]
 
 
@@ -107,7 +107,7 @@ def same_run(first, second):
     a, b = load_checkpoint(first / "last.pt"), load_checkpoint(second / "last.pt")
     for state in (a, b):
         for line in state["progress"]["history"]:
-            del line["images_per_second"], line["seconds"]
+            del line["images_per_second"], line["data_wait"], line["seconds"]
     for key in ("model", "optimizer", "progress", "wandb_id"):
         assert equal(a[key], b[key]), key
     assert without_times(first) == without_times(second)
