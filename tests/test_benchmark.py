@@ -35,12 +35,14 @@ def test_both_ways_make_the_same_masks(tmp_path):
             assert np.array(one).any()
 
 
-@pytest.mark.parametrize("stage", ["masks", "index", "train", "metric"])
+@pytest.mark.parametrize("stage", ["masks", "index", "sample", "step", "loss", "metric"])
 def test_every_stage_prints_rates_and_ratios(coco, data, stage):
     flags = {
         "masks": ["--coco-root", coco, "--images", 12, "--workers", 1, 2],
         "index": ["--coco-root", coco, "--images", 12],
-        "train": ["--data", data, "--width", 4, "--size", 32, "--workers", 1, "--amp", "bf16"],
+        "sample": ["--data", data, "--size", 32],
+        "step": ["--data", data, "--width", 4, "--size", 32, "--steps", 1, "--amp", "bf16"],
+        "loss": ["--classes", 3, "--size", 32, "--steps", 1, "--batch-size", 2],
         "metric": ["--classes", 3],
     }
     result = command("tools/benchmark.py", stage, "--repeats", 1, *flags[stage])
@@ -51,7 +53,7 @@ def test_every_stage_prints_rates_and_ratios(coco, data, stage):
     (baseline,) = [line for line in lines if line[0] == "baseline"]
     for line in ours:
         _, rate, milliseconds, ratio = map(
-            float, line[-6:-2] if stage in ("masks", "index") else line[-4:]
+            float, line[-6:-2] if stage in ("masks", "index", "loss") else line[-4:]
         )
         assert rate * milliseconds == pytest.approx(1000, rel=0.2)
         assert rate / float(baseline[2]) == pytest.approx(ratio, abs=0.01, rel=0.1)
@@ -65,11 +67,11 @@ def test_refusals(tmp_path, refused):
     assert "--repeats" in refused("benchmark", "metric", "--repeats", 0)
     flags = ["--coco-root", tmp_path, "--split", "x"]
     assert "no annotation file" in refused("benchmark", "masks", *flags)
-    assert f"no manifest at {tmp_path}" in refused("benchmark", "train", "--data", tmp_path)
+    assert f"no manifest at {tmp_path}" in refused("benchmark", "step", "--data", tmp_path)
 
 
 def test_what_train_refuses():
-    result = command("tools/benchmark.py", "train", "--model", "x")
+    result = command("tools/benchmark.py", "step", "--model", "x")
     assert result.returncode == 2
     assert "benchmark.py: error: argument --model" in result.stderr.splitlines()[-1]
 

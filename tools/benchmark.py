@@ -2,7 +2,9 @@
 
     python tools/benchmark.py masks --coco-root coco --split val2017 --images 5000
     python tools/benchmark.py index --coco-root coco --split val2017 --images 118287
-    python tools/benchmark.py train --data data --model deeplab --size 512
+    python tools/benchmark.py sample --data data --size 128 512
+    python tools/benchmark.py step --data data --model deeplab --size 512 --amp off bf16
+    python tools/benchmark.py loss --classes 5 81
     python tools/benchmark.py metric --classes 5 21
 
 Every run is a process of its own, and all take turns. Let nothing else run meanwhile.
@@ -109,34 +111,117 @@ def index(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
         assert len(coco.split_tasks(found, root, classes, coco.Skipped(), {})) == count
 
 
-def train(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
-    """An epoch with loading. Baseline: float32 from the loader, channels first, each loss read."""
+def sample(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
+    """Crops of one loader process. Baseline: torchvision's transforms of whole decoded images."""
     import torch
+    from torchvision import tv_tensors
     from torchvision.transforms import v2
 
-    from dataset import MEAN, STD
+    import dataset
+
+    torch.set_num_threads(1)
+    manifest = common.load_manifest(args.data)
+    crops, indices = dataset.TrainingSet(manifest, size, seed=0), range(min(len(manifest), 200))
+    scales = {"scale": (0.25, 1), "ratio": (3 / 4, 4 / 3), "antialias": True}
+    jitter = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.03)
+    transforms = [v2.RandomResizedCrop(size, **scales), v2.RandomHorizontalFlip(), jitter]
+    transform = v2.Compose([v2.ToImage(), *transforms])
+    yield len(indices)
+    for index in indices:
+        if method == "baseline":
+            image = Image.open(manifest.root / manifest.files[index]).convert("RGB")
+            mask = Image.open(manifest.data / "masks_raw" / manifest.masks[index])
+            image, mask = transform(image, tv_tensors.Mask(np.array(mask)))
+        else:
+            image, mask = crops[0, index, index]
+        assert image.shape[1:] == mask.shape == (size, size)
+
+
+def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
+    """Training steps on one batch. Baseline: as in torchvision's own scripts, contiguous float32,
+    `F.cross_entropy` of each head, and each loss read."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from dataset import normalize
     from train import Run, parse_args
 
-    line = f"--model {args.model} --width {args.width} --size {size} --workers {args.workers[-1]}"
-    line += f" --batch-size {args.batch_size} --weights none --save-every inf"
-    line = ["--data", args.data, *line.split(), *method.split()[1:]]
+    line = f"--model {args.model} --width {args.width} --size {size} --batch-size {args.batch_size}"
+    line += " --workers 0 --wandb disabled --out runs/none --seed 1"
+    flags = ["--amp", "off"] if method == "baseline" else method.split()[1:]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    line = ["--data", args.data, *line.split(), "--weights", "none", *flags]
     run = Run(parse_args(line)[0], device, weights="none")
-    yield run.batches.steps * run.batches.images_per_step
-    if method != "baseline":
-        run.train_one_epoch()
-        return
-    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    run.loader.collate_fn = v2.Compose([torch.utils.data.default_collate, *to_float])
-    model = run.model.to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for images, masks in run.loader:
-        outputs, masks = model(images.to(device)).values(), masks.to(device).long()
-        loss = sum(torch.nn.functional.cross_entropy(x, masks, ignore_index=255) for x in outputs)
+    batch = [tensor.to(device) for tensor in next(iter(run.loader))]
+    run.model.train()
+
+    def baseline():
+        out, *aux = model(images).values()
+        loss = cross_entropy(out, masks, ignore_index=255)
+        for x in aux:
+            loss = loss + 0.5 * cross_entropy(x, masks, ignore_index=255)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loss.item()
+        return loss.item()
+
+    if method == "baseline":
+        images, masks = normalize(batch[0]).contiguous(), batch[1].long()
+        model = run.model.to(memory_format=torch.contiguous_format)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for warm_up in (True, False):
+        if not warm_up:
+            yield args.steps * args.batch_size
+        for _ in range(2 if warm_up else args.steps):
+            loss = baseline() if method == "baseline" else run.train_step([batch])
+        synchronize(device)
+    assert 0 < float(loss) < 10
+
+
+def synchronize(device) -> None:
+    """Wait for a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def loss(method: str, classes: int, args: argparse.Namespace) -> Iterator[int]:
+    """From the logits of DeepLab's two heads, an eighth of the size, to their gradients. Baseline:
+    `F.interpolate` and `F.cross_entropy`, of logits as a network in channels last gives them."""
+    import torch
+    from torch.nn.functional import cross_entropy, interpolate
+
+    from losses import total_loss
+    from models import DeepLab
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side, last = args.size[0], {"memory_format": torch.channels_last, "device": device}
+    heads = [torch.randn(args.batch_size, classes, side // 8, side // 8) for _ in range(2)]
+    heads = [head.to(**last).requires_grad_() for head in heads]
+    masks = torch.randint(classes, (args.batch_size, side, side), device=device)
+    upsample = DeepLab(2).upsample
+
+    def run(ours: bool):
+        if ours:
+            outputs = {name: upsample(x, side, side) for name, x in zip(("out", "aux"), heads)}
+            loss = total_loss(outputs, masks.byte())
+        else:
+            large = [interpolate(x, (side, side), mode="bilinear") for x in heads]
+            out, aux = (cross_entropy(x, masks, ignore_index=255) for x in large)
+            loss = out + 0.5 * aux
+        gradients = torch.autograd.grad(loss, heads)
+        synchronize(device)
+        return gradients
+
+    if method != "baseline":
+        for mine, theirs in zip(run(True), run(False)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)
+    run(method != "baseline")
+    yield args.steps * args.batch_size
+    for _ in range(args.steps):
+        run(method != "baseline")
 
 
 def metric(method: str, classes: int, _: argparse.Namespace) -> Iterator[int]:
@@ -166,7 +251,9 @@ def metric(method: str, classes: int, _: argparse.Namespace) -> Iterator[int]:
 STAGES = {
     "masks": (masks, "image", "images", "prepare_masks.py", "workers"),
     "index": (index, "image", "images", "prepare_masks.py", None),
-    "train": (train, "image", "size", "train.py", "amp"),
+    "sample": (sample, "crop", "size", "dataset.py", None),
+    "step": (step, "image", "size", "train.py", "amp"),
+    "loss": (loss, "image", "classes", "losses.py", None),
     "metric": (metric, "image", "classes", "evaluate.py", None),
 }
 
@@ -180,18 +267,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, nargs="+", default=[1, common.default_workers()], help="processes")
     add("--coco-root", type=Path, default="coco", help="masks, index: real images and annotations")
     add("--split", default="val2017", help="masks, index: instances_<split>.json to repeat")
-    add(
-        "--images",
-        type=int,
-        nargs="+",
-        default=[5000],
-        help="masks, index: how many to make of them",
-    )
-    for flag, default in {"data": "data", "model": "unet", "width": 64, "batch-size": 8}.items():
-        add(f"--{flag}", default=default, help="train: as train.py has it")
-    add("--size", type=int, nargs="+", default=[512], help="train: as train.py has it")
-    add("--amp", nargs="+", default=["auto"], help="train: as train.py has it, a row for each")
-    add("--classes", type=int, nargs="+", default=[5, 21], help="metric: labels")
+    many = "masks, index: how many to make of them"
+    add("--images", type=int, nargs="+", default=[5000], help=many)
+    add("--data", default="data", help="sample, step: prepared masks")
+    add("--model", default="unet", help="step: network")
+    add("--width", type=int, default=64, help="step: of the U-Net")
+    add("--batch-size", type=int, default=8, help="step, loss: images")
+    add("--steps", type=int, default=5, help="step, loss: how many are timed")
+    add("--size", type=int, nargs="+", default=[512], help="sample, step, loss: side of the crops")
+    rows = "step: a row for each, with what follows it, as 'bf16 --compile'"
+    add("--amp", nargs="+", default=["auto"], help=rows)
+    add("--classes", type=int, nargs="+", default=[5, 21], help="loss, metric: labels")
+    add("--json", type=Path, metavar="FILE", help="write the medians here too")
     return parser
 
 
@@ -203,7 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     stage, item, flag, script, varied = STAGES[args.stage]
     ours = [f"{script} --{varied} {x}" for x in getattr(args, varied)] if varied else [script]
     heads, repeats = ["seconds", f"{item}s/s", f"ms/{item}", "ratio"], range(args.repeats)
-    heads += ["parent MB", "worker MB"] if stage in (masks, index) else []
+    heads += ["parent MB", "worker MB"] if stage in (masks, index, loss) else []
+    found = []
     with tempfile.TemporaryDirectory() as args.work:
         for value in getattr(args, flag):
             methods = ["baseline", *ours]
@@ -215,6 +303,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in heads))
             for method, *figures in zip(methods, *columns[: len(heads)]):
                 print(method.ljust(28), *(f"{figure:>11.2f}" for figure in figures), flush=True)
+                found.append({flag: value, "method": method, **dict(zip(heads, figures))})
+    if args.json:
+        common.write_text(args.json, json.dumps({"arguments": sys.argv[1:], "rows": found}))
 
 
 if __name__ == "__main__":
