@@ -132,6 +132,15 @@ def test_two_runs_into_one_folder(data, tmp_path, refused):
     run(data, out, "--epochs", 1)
 
 
+def test_a_run_that_came_in_between_is_not_overwritten(data, tmp_path):
+    """Two start at once; the one has ended when the other gets its lock."""
+    line = ["--data", str(data), *FLAGS, "--out", str(tmp_path / "run")]
+    late = train.Run(train.parse_args(line)[0], torch.device("cpu"), weights="none")
+    run(data, tmp_path / "run", "--epochs", 1)
+    with pytest.raises(UserError, match="holds a run already"):
+        late.begin(new=True)
+
+
 def test_a_lock_is_not_inherited(tmp_path):
     """A loader process that outlives a killed parent for seconds must not stop the next run."""
     code = f"import sys, time, os; sys.path.insert(0, {str(SCRIPTS)!r}); import common, pathlib\n"

@@ -1,0 +1,192 @@
+"""What only a GPU can show; skipped where there is none. `make test` runs it where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, TINY, command
+
+import train
+from common import UserError, load_manifest
+from dataset import evaluation_loader
+from evaluate import Predictor, evaluate
+from losses import total_loss
+from metrics import ConfusionMatrix
+from models import build_model, load_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+# As the other tests have it, but for the device and the precision.
+GPU = TINY[: TINY.index("--device")] + ["--device", "cuda", "--wandb", "disabled"]
+
+
+@pytest.fixture
+def exact():
+    """Float32 as it is on a CPU: TF32 keeps ten bits of what it multiplies."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture
+def no_sync():
+    """Within it an operation that makes the host wait for the GPU raises an error."""
+
+    class Mode:
+        def __enter__(self):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    return Mode()
+
+
+def a_run(data, out, *flags):
+    """A run on the GPU, and its first batches."""
+    line = ["--data", data, *GPU, "--epochs", 1, "--out", out, *flags]
+    args, _ = train.parse_args([str(word) for word in line])
+    run = train.Run(args, torch.device("cuda"), weights="none")
+    run.model.train()
+    batches = [[t.cuda() for t in batch] for batch in list(run.loader)[: args.accumulate]]
+    return run, batches
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "unet", "--amp", "bf16"],
+    ["--model", "unet", "--amp", "fp16", "--weighted", "--focal"],
+    ["--model", "deeplab", "--width", 64, "--weights", "none", "--amp", "bf16"],
+    ["--model", "deeplab", "--width", 64, "--weights", "none", "--accumulate", 2, "--amp", "off"],
+], ids=lambda flags: "-".join(map(str, flags[1:])))  # fmt: skip
+def test_a_training_step_does_not_wait_for_the_gpu(data, tmp_path, no_sync, flags):
+    run, batches = a_run(data, tmp_path / "run", *flags)
+    run.train_step(batches)  # what is done once may wait: cudnn's choice, the optimizer's state
+    with no_sync:
+        loss = run.train_step(batches)
+    assert torch.isfinite(loss)
+
+
+def test_an_evaluation_step_does_not_wait_for_the_gpu(no_sync):
+    model = build_model("unet", ["background", "a", "b"], 4).cuda().eval()
+    predictor = Predictor(model, 32, torch.device("cuda"), torch.bfloat16)
+    confusion = ConfusionMatrix(2, 3, torch.device("cuda"))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    mask = torch.randint(0, 3, (48, 48), dtype=torch.uint8, device="cuda")
+    with torch.inference_mode():
+        for synchronous in (True, False):
+            with no_sync if not synchronous else torch.no_grad():
+                for row, logits in enumerate(predictor.logits(images)):
+                    confusion.update(row, predictor.labels(logits, 48, 48), mask)
+    assert confusion.total.sum() == 4 * 48 * 48
+
+
+def test_the_mode_sees_a_wait(no_sync):
+    with pytest.raises(RuntimeError), no_sync:
+        torch.ones(1, device="cuda").item()
+
+
+def test_the_matrix_is_the_cpus(data, exact):
+    """Of the same labels to the pixel. The logits differ by rounding, about 1e-6 of values around
+    1, so that of 27,648 pixels perhaps one in a thousand runs has another label."""
+    torch.manual_seed(0)
+    manifest = load_manifest(data)
+    model = build_model("unet", manifest.classes, 4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:  # labels that change from place to place
+                torch.nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
+    loader = evaluation_loader(manifest, np.arange(len(manifest)), 32, 4, workers=0)
+    cpu = evaluate(Predictor(model, 32, torch.device("cpu")), loader, "cpu")
+    gpu = evaluate(Predictor(model.cuda(), 32, torch.device("cuda")), loader, "gpu")
+    assert (cpu.total > 0).sum() > 5
+    assert (cpu.total - gpu.total.cpu()).abs().sum() <= 4  # two pixels, each in two cells
+    labels = torch.randint(0, 5, (2, 50, 60), dtype=torch.uint8)
+    labels[1, :5] = 255
+    matrices = [ConfusionMatrix(1, 5, torch.device(name)) for name in ("cpu", "cuda")]
+    for matrix, device in zip(matrices, ("cpu", "cuda")):
+        matrix.update(0, labels[0].to(device), labels[1].to(device))
+    assert torch.equal(matrices[0].total, matrices[1].total.cpu())
+    assert torch.equal(matrices[0].counts, matrices[1].counts.cpu())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_loss_and_gradient_are_the_cpus(gamma, exact):
+    torch.manual_seed(0)
+    logits, masks = torch.randn(2, 5, 40, 40), torch.randint(0, 5, (2, 40, 40)).byte()
+    masks[0, :9] = 255
+    results = []
+    for device in ("cpu", "cuda"):
+        x = logits.to(device).detach().requires_grad_()
+        weight = torch.linspace(0.5, 3, 5, device=device)
+        loss = total_loss({"out": x, "aux": -x}, masks.to(device), weight, gamma)
+        results.append([loss.cpu(), torch.autograd.grad(loss, x)[0].cpu()])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"]], ids=["eager", "compiled"])
+def test_the_commands(data, coco, tmp_path, flags):
+    out = tmp_path / "run"
+    line = ["--data", data, *GPU, "--model", "unet", "--epochs", 2, "--out", out, *flags]
+    for script, *words in (
+        ["train.py", *line],
+        ["train.py", "--resume", out / "last.pt", "--epochs", 3],
+        ["evaluate.py", "--ckpt", out / "best.pt", "--json", tmp_path / "a.json"],
+        ["predict.py", "--ckpt", out / "best.pt", "--images", coco / "val2017", "--out", out / "p"],
+    ):
+        result = command(script, *words)
+        assert result.returncode == 0, result.stderr
+    best = load_checkpoint(out / "best.pt")["progress"]["best"]
+    (entry,) = json.loads((tmp_path / "a.json").read_text())
+    assert entry["foreground_miou"] == pytest.approx(best, abs=1e-3)
+    assert len(list((out / "p" / "masks_raw").iterdir())) == 9
+
+
+def test_a_gradient_that_overflows_skips_its_step_and_is_counted(data, tmp_path, monkeypatch):
+    run, batches = a_run(data, tmp_path / "run", "--model", "unet", "--amp", "fp16")
+    run.train_step(batches)
+    run.step += 1
+    skipped = run.skipped_steps()  # none, or that one, as the first scale is a guess
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    original = train.total_loss
+    monkeypatch.setattr(train, "total_loss", lambda *a: original(*a) * float("inf"))
+    run.train_step(batches)
+    run.step += 1
+    assert all(map(torch.equal, before, run.model.parameters()))
+    assert run.skipped_steps() == skipped + 1
+
+
+def test_a_full_gpu_is_a_sentence(data, tmp_path):
+    flags = ["--data", str(data), *GPU, "--model", "unet", "--out", str(tmp_path / "run")]
+    flags += ["--width", "64", "--size", "512", "--batch-size", "8"]
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.5e9 / total)  # of 5 GB that it needs
+    try:
+        with pytest.raises(UserError, match="out of memory with unet at --size 512"):
+            train.main(flags)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+def test_two_gpus_train_as_one(data, tmp_path):
+    """Synchronized batch norm sees the images of both, so that only the order of sums differs."""
+    lines = {}
+    for ranks, batch_size in ((1, 8), (2, 4)):
+        out = tmp_path / str(ranks)
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        line += [ranks, SCRIPTS / "train.py", "--data", data, *GPU, "--batch-size", batch_size]
+        line += ["--model", "unet", "--epochs", 2, "--amp", "off", "--out", out]
+        result = subprocess.run(
+            [*map(str, line)], capture_output=True, text=True, timeout=300, env={**os.environ}
+        )
+        assert result.returncode == 0, result.stderr
+        lines[ranks] = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    for one, two in zip(lines[1], lines[2], strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-2)
