@@ -3,6 +3,7 @@
 python tools/restarts.py --data data --kills 50
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -43,12 +44,17 @@ def train_and_die(kills: int, argv: list[str]) -> None:
     train.main(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Start the ranks, and report on the lives that they have noted."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="data", help="what prepare_masks.py wrote")
     parser.add_argument("--kills", type=int, default=50, help="how many")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start the ranks, and report on the lives that they have noted."""
+    args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as out:
         flags = [*FLAGS.split(), "--wandb", "disabled", "--epochs", "99999", "--data", args.data]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
