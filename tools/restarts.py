@@ -1,6 +1,8 @@
 """Kill one of two ranks again and again, and count the restarts that go on with the run.
 
-python tools/restarts.py --data data --kills 50
+    python tools/restarts.py --data data --kills 50
+
+Each kill is in the second step of a life; every step is saved.
 """
 
 import argparse
