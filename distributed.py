@@ -43,8 +43,8 @@ def local_device(name: str) -> str:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group for the time of the context; only rank 0 prints, and of several ranks
-    that fail the first: with it the others lose a connection, of which nobody needs to hear."""
+    """Join the process group for the time of the context, in which only rank 0 prints. Of ranks
+    that fail the first one tells: the others then lose a connection, which is no news."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return

@@ -173,9 +173,10 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
 
 
 def load_predictor(
-    state: dict, device: torch.device, amp: str | None = None, size: int | None = None
+    path: str, device: torch.device, amp: str | None = None, size: int | None = None
 ) -> Predictor:
-    """The network of a loaded checkpoint, in size and precision as trained, unless told."""
+    """The network of a checkpoint, in size and precision as trained, unless told."""
+    state = load_checkpoint(path, mmap=True)
     trained = state["args"]["amp"]
     trained = "off" if trained == "fp16" and device.type == "cpu" else trained
     model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
@@ -184,8 +185,7 @@ def load_predictor(
 
 def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
     """The pixel counts of a checkpoint."""
-    state = load_checkpoint(subject.path, mmap=True)
-    predictor = load_predictor(state, device, args.amp, args.size)
+    predictor = load_predictor(subject.path, device, args.amp, args.size)
     loading = (predictor.size, args.batch_size, args.workers)
     loader = evaluation_loader(subject.manifest, subject.indices, *loading)
     return evaluate(predictor, loader, subject.path)
@@ -198,8 +198,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    state = load_checkpoint(subject.path, mmap=True)
-    predictor = load_predictor(state, device, args.amp, args.size)
+    predictor = load_predictor(subject.path, device, args.amp, args.size)
     examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)

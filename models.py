@@ -278,10 +278,10 @@ def check_state(state: dict) -> None:
     any size is built, and before a tensor of any kind is used."""
     arguments, classes, _ = state["args"], state["classes"], state["fingerprint"]
     kind, size = MODELS[arguments["model"]], arguments["size"]
-    if arguments["width"] not in kind.WIDTHS or not (
-        type(size) is int and 32 <= size <= LARGEST_SIZE
-    ):
-        raise ValueError("width or size")
+    if type(size) is not int or not 32 <= size <= LARGEST_SIZE:
+        raise ValueError("size")
+    if arguments["width"] not in kind.WIDTHS:
+        raise ValueError("width")
     if not 2 <= len(classes) <= 255 or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes")
     channels = [value for color in state["colors"] for value in color]

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.path.realpath(output) in inputs:
             raise UserError(f"{output} would overwrite an input: choose another --out")
     state = load_checkpoint(args.ckpt, mmap=True)
-    predictor, colors = load_predictor(state, device, args.amp), state["colors"]
+    predictor, colors = load_predictor(args.ckpt, device, args.amp), state["colors"]
     upright = state.get("upright", True) if args.exif is None else args.exif == "upright"
     del state  # the optimizer's part is twice as large as the model
     for folder in OUTPUTS:

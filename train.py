@@ -157,7 +157,7 @@ class Run:
         say(f"best foreground mIoU {100 * max(self.best, 0):.1f}{where}")
 
     def batches_timed(self) -> Iterator[list[Tensor]]:
-        """Those of the loader; the seconds that it has let wait are added to `waited`."""
+        """The loader's batches; the seconds of waiting for them are added to `waited`."""
         before = time.perf_counter()
         for batch in self.loader:
             self.waited += time.perf_counter() - before

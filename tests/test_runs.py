@@ -479,9 +479,9 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
 
     out = tmp_path / "run"
     run(data, out, "--epochs", 1, "--amp", "bf16")
-    state, cpu = load_checkpoint(out / "last.pt"), torch.device("cpu")
-    assert evaluate.load_predictor(state, cpu).dtype == torch.bfloat16
-    predictor = evaluate.load_predictor(state, cpu, "off", 48)
+    cpu = torch.device("cpu")
+    assert evaluate.load_predictor(out / "last.pt", cpu).dtype == torch.bfloat16
+    predictor = evaluate.load_predictor(out / "last.pt", cpu, "off", 48)
     assert (predictor.dtype, predictor.size) == (None, 48)
 
 
