@@ -335,10 +335,11 @@ def test_images_that_an_epoch_left_out_come_first_in_the_next():
 
 def test_loader_processes_do_not_pile_up(data, tmp_path, monkeypatch):
     seen, evaluate = [], train.evaluate
+    before = set(dataset.multiprocessing.active_children())  # that earlier tests have left
 
     def counted(*arguments):
         result = evaluate(*arguments)
-        seen.append(len(dataset.multiprocessing.active_children()))
+        seen.append(len(set(dataset.multiprocessing.active_children()) - before))
         return result
 
     monkeypatch.setattr(train, "evaluate", counted)
