@@ -147,7 +147,8 @@ def report(
         entry["interval"] = {"iou": dict(zip(classes, by_class))}
         for key in MEANS:
             known = entry[key] is not None and len(counts) >= FEWEST
-            entry["interval"][key] = jackknife(entry[key], others[key])[0] if known else None
+            ends = np.clip(jackknife(entry[key], others[key])[0], 0, 1).tolist() if known else None
+            entry["interval"][key] = ends
     return entry
 
 

@@ -203,3 +203,13 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
         held[1] += low <= truth["miou"] <= high
     assert (held / trials >= 0.93).all(), held / trials
     assert (held / trials < 1).all()
+
+
+def test_the_interval_of_a_mean_ends_where_iou_does():
+    confusion = ConfusionMatrix(6, 3, torch.device("cpu"))
+    masks = torch.randint(0, 3, (6, 9, 9), generator=torch.Generator().manual_seed(0))
+    for image, mask in enumerate(masks):
+        confusion.update(image, mask if image == 0 else torch.zeros_like(mask), mask)
+    interval = report("a", list("abc"), confusion, True, "validation")["interval"]
+    assert interval["foreground_miou"][0] == 0
+    assert interval["foreground_miou"][1] > 0.3
