@@ -65,7 +65,8 @@ def process_group() -> Iterator[None]:
             with redirect_stdout(out), redirect_stderr(err):
                 yield
     except BaseException as error:
-        if store.add("failed", 1) > 1:
+        failed = not isinstance(error, SystemExit) or error.code  # not by --help
+        if failed and store.add("failed", 1) > 1:
             sys.exit(2)
         if isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise UserError("another of torchrun's processes has died: it says which") from None

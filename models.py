@@ -127,8 +127,8 @@ class DeepLab(nn.Module):
         return {name: self.upsample(x, *images.shape[2:]) for name, x in logits.items()}
 
     def upsample(self, logits: Tensor, height: int, width: int) -> Tensor:
-        """(N, C, h, w) -> (N, C, height, width) float32. Contiguous, since the loss is then twice
-        as fast as on channels last."""
+        """(N, C, h, w) -> (N, C, height, width) float32. Contiguous, since upsampling and loss then
+        take three quarters of the time that they take on channels last."""
         logits = logits.float().contiguous()
         logits = F.interpolate(logits, scale_factor=self.STRIDE, mode="bilinear")
         return logits[..., :height, :width]

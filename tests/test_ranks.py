@@ -142,6 +142,14 @@ def test_a_rank_that_waits_alone_gives_up(data, tmp_path):
     assert time.monotonic() - started < 60
 
 
+def test_help_under_torchrun_is_shown_once_and_no_failure():
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [sys.executable, *line, str(SCRIPTS / "train.py"), "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage:") == 1
+
+
 FAILING = """
 import os, signal, sys
 sys.path.insert(0, {scripts!r})
