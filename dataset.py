@@ -118,8 +118,28 @@ def oversample(manifest: Manifest, indices: np.ndarray, rare: list[str], factor:
     return np.repeat(indices, np.where(holds_any, factor, 1))
 
 
-def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop: a quarter to all of the area, sides 3:4 to 4:3.
+def holders(manifest: Manifest, indices: np.ndarray) -> dict[int, np.ndarray]:
+    """Of each label of the foreground that is there: which of the `indices` hold it, each once."""
+    indices = np.unique(indices)
+    found = {c: indices[manifest.pixels[indices, c] > 0] for c in range(1, len(manifest.classes))}
+    return {label: images for label, images in found.items() if len(images)}
+
+
+def drawn_pixels(manifest: Manifest, indices: np.ndarray, share: float) -> np.ndarray:
+    """(C,) pixels of each class in as many images as there are indices, if a `share` of them is
+    drawn by class, as `EpochBatches` does."""
+    pixels, groups = manifest.pixels[indices].sum(axis=0), holders(manifest, indices).values()
+    if not share or not groups:
+        return pixels
+    by_class = np.mean([manifest.pixels[group].mean(axis=0) for group in groups], axis=0)
+    return (1 - share) * pixels + share * len(indices) * by_class
+
+
+def crop_box(
+    height: int, width: int, rng: np.random.Generator, center: tuple[int, int] | None = None
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop: a quarter to all of the area, sides 3:4 to 4:3;
+    around the pixel at `center`, as far as the image allows.
 
     Source: Szegedy et al. 2015, section 6; here a crop that is too high or too wide shrinks until
     it fits.
@@ -129,7 +149,10 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     h, w = math.sqrt(area / ratio), math.sqrt(area * ratio)
     shrink = min(1, height / h, width / w)
     h, w = max(1, round(h * shrink)), max(1, round(w * shrink))
-    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    if center is None:
+        return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    top, left = center[0] - h // 2, center[1] - w // 2
+    return min(max(top, 0), height - h), min(max(left, 0), width - w), h, w
 
 
 def decoder_scale(box: tuple[int, int, int, int], size: int) -> int:
@@ -223,17 +246,20 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def read_pair(manifest: Manifest, index: int, scale: int = 1) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) uint8, as much smaller by `scale` as its decoder can make it, and mask (H, W)
-    uint8. Raises UserError."""
-    height, width = manifest.sizes[index].tolist()
+def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
+    """Image (3, H, W) uint8, as much smaller by `scale` as its decoder can make it. Raises
+    UserError."""
     path, upright = manifest.root / manifest.files[index], bool(manifest.upright[index])
-    image = read_image(path, (height, width), upright, scale)
+    return to_tensor(read_image(path, tuple(manifest.sizes[index].tolist()), upright, scale))
+
+
+def load_mask(manifest: Manifest, index: int) -> np.ndarray:
+    """Mask (H, W) uint8. Raises UserError."""
     path = manifest.data / "masks_raw" / manifest.masks[index]
     mask = read_mask(path, len(manifest.classes), int(manifest.checksums[index]))
-    if mask.shape != (height, width):
+    if mask.shape != tuple(manifest.sizes[index].tolist()):
         raise UserError(f"{path} is not of the manifest's size: run prepare_masks.py again")
-    return to_tensor(image), torch.from_numpy(mask)
+    return mask
 
 
 class EpochBatches(Sampler):
@@ -243,10 +269,17 @@ class EpochBatches(Sampler):
     images a step holds depends on their product alone. Images that do not fill an epoch's last step
     come first in the next, since batch norm cannot use a single image. `set_epoch` chooses the
     epoch, and the step to start from when a run is resumed inside one.
+
+    A share `balance` of the positions takes, instead of the image that it would have had, one that
+    is drawn uniformly from those of a label, which is drawn uniformly from `holders`. (nnU-Net,
+    Isensee et al. 2021, forces a third of its patches onto the foreground.)
     """
 
-    def __init__(self, indices, batch_size, seed, accumulate=1, rank=0, world=1):
+    def __init__(
+        self, indices, batch_size, seed, accumulate=1, rank=0, world=1, balance=0.0, holders=None
+    ):
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.balance, self.holders = balance if holders else 0.0, holders
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.images_per_step = batch_size * accumulate * world
         self.steps = len(indices) // self.images_per_step
@@ -259,17 +292,29 @@ class EpochBatches(Sampler):
         """The next iteration is of `epoch`, without its first `start` steps."""
         self.epoch, self.start = epoch, start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
         # Epochs are pieces of one sequence, in which a permutation of all images follows another.
         count = self.steps * self.images_per_step
         number, first = divmod(self.epoch * count, len(self.indices))
         rngs = [np.random.default_rng([self.seed, number + i]) for i in range(2)]
         order = np.concatenate([rng.permutation(self.indices) for rng in rngs]).tolist()
-        order = order[first : first + count]
+        order = self.balanced(order[first : first + count])
         for batch in range(self.start * self.accumulate, len(self)):
             first = (batch * self.world + self.rank) * self.batch_size
             chosen = order[first : first + self.batch_size]
-            yield [(self.epoch, first + i, index) for i, index in enumerate(chosen)]
+            yield [(self.epoch, first + i, *image) for i, image in enumerate(chosen)]
+
+    def balanced(self, order: list[int]) -> list[tuple[int, int]]:
+        """Index and label of each position of the epoch; label 0 where it is not drawn by class."""
+        rng = np.random.default_rng([self.seed, self.epoch, 0, 1])  # as no position of an epoch
+        groups, images = list((self.holders or {}).items()), []
+        for position, (a, b) in enumerate(rng.random((len(order), 2)).tolist()):
+            if math.floor((position + 1) * self.balance) == math.floor(position * self.balance):
+                images.append((order[position], 0))
+                continue
+            label, group = groups[int(a * len(groups))]
+            images.append((int(group[int(b * len(group))]), label))
+        return images
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
@@ -277,17 +322,21 @@ class EpochBatches(Sampler):
 
 class TrainingSet(Dataset):
     """Augmented crops: image (3, size, size), mask (size, size), uint8. Keys are (epoch, position,
-    index): all that a crop depends on."""
+    index, label), all that a crop depends on: it is around a pixel of the label, unless that is 0.
+    """
 
     def __init__(self, manifest: Manifest, size: int, seed: int):
         self.manifest, self.size, self.seed = manifest, size, seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        epoch, position, index = key
+    def __getitem__(self, key: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+        epoch, position, index, label = key
         rng = np.random.default_rng([self.seed, epoch, position])
-        box = crop_box(*self.manifest.sizes[index].tolist(), rng)
-        pair = read_pair(self.manifest, index, decoder_scale(box, self.size))
-        return augment(*pair, box, self.size, rng)
+        mask, center = load_mask(self.manifest, index), None
+        if label:
+            center = divmod(int(rng.choice(np.flatnonzero(mask == label))), mask.shape[1])
+        box = crop_box(*mask.shape, rng, center)
+        image = load_image(self.manifest, index, decoder_scale(box, self.size))
+        return augment(image, torch.from_numpy(mask), box, self.size, rng)
 
 
 class EvaluationSet(Dataset):
@@ -297,8 +346,8 @@ class EvaluationSet(Dataset):
         self.manifest, self.size = manifest, size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        image, mask = read_pair(self.manifest, index)
-        return evaluation_input(image, self.size), mask, index
+        image, mask = load_image(self.manifest, index), load_mask(self.manifest, index)
+        return evaluation_input(image, self.size), torch.from_numpy(mask), index
 
 
 def derive_seed(*numbers: int) -> int:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common
 import metrics
 from common import Manifest, UserError, write_text
-from dataset import MOST_WORKERS, evaluation_loader, normalize, read_pair, resized_size
+from dataset import MOST_WORKERS, evaluation_loader, load_image, normalize, resized_size
 from metrics import ConfusionMatrix, percent, plain, scores
 from models import LARGEST_SIZE, amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
 from report import Example, draw_panels
@@ -105,7 +105,7 @@ def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[
         iou = map(plain, scores(counts, held=counts[1:].any(axis=0))["iou"])
         named = [f"{n} {percent(v)}" for n, v in zip(manifest.classes, iou) if v is not None]
         caption = f"{manifest.files[index]}, IoU in %: {', '.join(named) or 'no pixel counts'}"
-        image = Image.fromarray(read_pair(manifest, index)[0].permute(1, 2, 0).numpy())
+        image = Image.fromarray(load_image(manifest, index).permute(1, 2, 0).numpy())
         examples[index] = Example(image, labels.cpu().numpy(), mask.cpu().numpy(), caption)
     return [examples[index] for index in indices]
 

@@ -21,6 +21,7 @@ from common import UserError, atomic_write
 
 CHECKPOINT_VERSION = 1
 WEIGHT_DECAY = 0.01
+DONOR = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
 CPU_FLAGS = Path("/proc/cpuinfo")
 LARGEST_SIZE = 4096  # pixels: a hostile checkpoint could ask for any memory
 
@@ -119,19 +120,17 @@ class DeepLab(nn.Module):
         branches[-1] = ImagePooling(*branches[-1])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) float -> {"out": (N, C, H, W)}, in training mode "aux" too."""
+        """(N, 3, H, W) float -> {"out": (N, C, H, W)}; in training mode "out" and "aux", smaller by
+        the stride: `losses.total_loss` upsamples them, a part at a time."""
         features = self.backbone(images)
-        logits = {"out": self.classifier(features["out"])}
+        logits = self.classifier(features["out"])
         if self.training:
-            logits["aux"] = self.aux_classifier(features["aux"])
-        return {name: self.upsample(x, *images.shape[2:]) for name, x in logits.items()}
-
-    def upsample(self, logits: Tensor, height: int, width: int) -> Tensor:
-        """(N, C, h, w) -> (N, C, height, width) float32. Contiguous, since upsampling and loss then
-        take three quarters of the time that they take on channels last."""
+            return {"out": logits, "aux": self.aux_classifier(features["aux"])}
+        height, width = images.shape[2:]
+        # Contiguous, since upsampling takes less time so than in channels last.
         logits = logits.float().contiguous()
         logits = F.interpolate(logits, scale_factor=self.STRIDE, mode="bilinear")
-        return logits[..., :height, :width]
+        return {"out": logits[..., :height, :width]}
 
     def warm_start(self, classes: list[str], weights: str) -> None:
         """Load torchvision's weights: "coco" for the whole network, "imagenet" for the backbone.
@@ -141,24 +140,38 @@ class DeepLab(nn.Module):
         know keeps its fresh row. Raises UserError if the weights cannot be loaded or downloaded.
         """
         if weights == "imagenet":
-            state = pretrained_state(ResNet50_Weights.IMAGENET1K_V1)
+            state = pretrained_state(ResNet50_Weights.IMAGENET1K_V2)
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
             self.backbone.load_state_dict(state)
             return
-        donor = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
-        state, known = pretrained_state(donor), donor.meta["categories"]
-        names = [VOC_NAMES.get(name, name) for name in classes]
-        ours = [label for label, name in enumerate(names) if name in known]
-        theirs = [known.index(names[label]) for label in ours]
+        state, rows = pretrained_state(DONOR), donor_rows(classes)
+        ours, theirs = list(rows), list(rows.values())
         for head in self.HEADS:
             for name in (f"{head}.weight", f"{head}.bias"):
-                rows = self.get_parameter(name).detach().clone()
-                rows[ours] = state[name][theirs]
-                state[name] = rows
+                values = self.get_parameter(name).detach().clone()
+                values[ours] = state[name][theirs]
+                state[name] = values
         self.load_state_dict(state)
 
 
 MODELS = {"unet": UNet, "deeplab": DeepLab}
+
+
+def donor_rows(classes: list[str]) -> dict[int, int]:
+    """The label of each class that COCO's weights know, and theirs for it."""
+    known = DONOR.meta["categories"]
+    names = {label: VOC_NAMES.get(name, name) for label, name in enumerate(classes)}
+    return {label: known.index(name) for label, name in names.items() if name in known}
+
+
+def head_of(name: str, classes: list[str], weights: str) -> tuple[tuple[str, ...], bool]:
+    """The modules that --head-lr is for, and whether they start fresh: after "imagenet" all of both
+    heads, after "coco" the final convolutions, which are fresh if it does not know each class."""
+    if weights == "imagenet":
+        return ("classifier.", "aux_classifier."), True
+    if weights == "coco":
+        return MODELS[name].HEADS, len(donor_rows(classes)) < len(classes)
+    return (), False
 
 
 def pretrained_state(weights) -> dict[str, Tensor]:
@@ -194,16 +207,33 @@ def init_class_prior(model: nn.Module, prior: Tensor) -> None:
         model.get_submodule(head).bias.copy_(prior.clamp_min(1e-4).log())
 
 
-def build_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW, fused; biases and batch norm (the one-dimensional parameters) are not decayed."""
-    decayed, others = _parameter_groups(model)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
+def build_optimizer(
+    model: nn.Module, lr: float, head: tuple[str, ...] = (), factor: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW, fused; biases and batch norm (the one-dimensional parameters) are not decayed. The
+    rate of parameters whose names begin as one of `head` is `factor` times as high."""
+    groups = [{**g, "lr": lr * g["factor"]} for g in _parameter_groups(model, head, factor)]
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def _parameter_groups(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    parameters = list(model.parameters())
-    return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+def _parameter_groups(model: nn.Module, head: tuple[str, ...], factor: float = 1.0) -> list[dict]:
+    named = list(model.named_parameters())
+    groups = []
+    for in_head in (False, True):
+        part = [parameter for name, parameter in named if name.startswith(head) == in_head]
+        scale = factor if in_head else 1.0
+        others = [p for p in part if p.ndim <= 1]
+        groups.append({"params": [p for p in part if p.ndim > 1], "factor": scale})
+        groups.append({"params": others, "factor": scale, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def freeze_norm(model: nn.Module, weights: str) -> None:
+    """Let batch norm use the statistics that came with the weights, in training too: of the whole
+    network after "coco", of the backbone after "imagenet"."""
+    for module in (model if weights == "coco" else model.backbone).modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def pick_device(name: str) -> torch.device:
@@ -301,7 +331,9 @@ def check_state(state: dict) -> None:
     for name, like in expected.items():
         _require_alike(name, state["model"][name], like)
     if "optimizer" in state:  # AdamW's fused step writes to wherever the tensors would end
-        parameters = [p for group in _parameter_groups(network) for p in group]
+        head, _ = head_of(arguments["model"], classes, arguments["weights"])
+        groups = _parameter_groups(network, head)
+        parameters = [parameter for group in groups for parameter in group["params"]]
         for number, moments in state["optimizer"]["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):
                 _require_alike(name, moments[name], parameters[number])

@@ -35,11 +35,12 @@ from common import UserError, say, write_text
 from dataset import derive_seed, normalize
 from distributed import gather, mean_over_ranks, rank, world
 from evaluate import Predictor, evaluate, predict_examples
-from losses import class_weights, pixel_weights, total_loss
+from losses import Totals, class_weights, pixel_weights, total_dice_sums, total_loss
 
 WARMUP = 0.03  # share of all steps
 LOG_EVERY = 20  # steps between two readings of the loss
 MUCH_WAITING = 0.2  # share of an epoch that a GPU may wait for data before the user hears of it
+LITTLE = 0.01  # foreground mIoU of a network that has learnt only the background
 TELL_EVERY = 30  # seconds between two lines of it in a log, where there is no bar
 LOGGED_IMAGES = 4
 # What a resumed run may change; of the first two the product is checked, the images of a step.
@@ -82,14 +83,15 @@ class Run:
         if args.oversample > 1 and not self.rare:
             raise UserError("--oversample: no class is in fewer than 5% of the images: use --rare")
         indices = dataset.oversample(manifest, train_indices, self.rare, args.oversample)
-        share = (args.accumulate, rank(), world())
-        self.batches = dataset.EpochBatches(indices, args.batch_size, args.seed, *share)
+        share = (args.accumulate, rank(), world(), args.balance)
+        holders = dataset.holders(manifest, train_indices)
+        self.batches = dataset.EpochBatches(indices, args.batch_size, args.seed, *share, holders)
         self.loader = dataset.training_loader(manifest, self.batches, args.size, args.workers)
         mine, loading = self.val_indices[rank() :: world()], (args.batch_size, args.workers)
         self.val_loader = dataset.evaluation_loader(manifest, mine, args.size, *loading)
 
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-        pixels = manifest.pixels[indices].sum(axis=0)  # as often as they are drawn
+        pixels = dataset.drawn_pixels(manifest, indices, args.balance)
         if not pixels[1:].any():
             raise UserError(f"no training image of {args.data} holds a pixel of any class")
         weight = class_weights(pixels) if args.weighted else torch.ones(len(pixels))
@@ -104,7 +106,9 @@ class Run:
         self.ddp_model = distributed.parallel(self.model, device)
         if args.compile:
             self.ddp_model = torch.compile(self.ddp_model)
-        self.optimizer = models.build_optimizer(self.model, args.lr)
+        head, fresh = models.head_of(args.model, manifest.classes, args.weights)
+        factor = (10.0 if fresh else 1.0) if args.head_lr is None else args.head_lr / args.lr
+        self.optimizer = models.build_optimizer(self.model, args.lr, head, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.describe(train_indices, pixels / pixels.sum())
 
@@ -155,6 +159,9 @@ class Run:
         best = self.out / "best.pt"
         where = f": {best}" if best.exists() else ""
         say(f"best foreground mIoU {100 * max(self.best, 0):.1f}{where}")
+        if 0 <= self.best < LITTLE:
+            remedy = "--dice --balance 0.5, more --epochs, or another --lr"
+            say(f"that is background and little else: try {remedy} (README: Little data)")
 
     def batches_timed(self) -> Iterator[list[Tensor]]:
         """The loader's batches; the seconds of waiting for them are added to `waited`."""
@@ -170,6 +177,8 @@ class Run:
         args, batches, first, parts = self.args, self.batches, self.batch, []
         batches.set_epoch(self.epoch, start=first)
         self.model.train()
+        if args.freeze_norm:
+            models.freeze_norm(self.model, args.weights)
         torch.backends.cudnn.benchmark = True  # pays for one shape, not for those of validation
         started, self.waited = time.perf_counter(), 0.0
         saved = started
@@ -203,27 +212,50 @@ class Run:
         by the pixels of all. Returns the loss, on the device: nothing here waits for the GPU.
         """
         args = self.args
+        rate = learning_rate(self.step, args.epochs * self.batches.steps, args.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, args.epochs * self.batches.steps, args.lr)
-        # Dropout is a function of (seed, step, rank), so that nothing depends on what ran before.
-        torch.manual_seed(derive_seed(args.seed, self.step, rank()))
+            group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         gamma = args.gamma if args.focal else 0.0
-        normalizer = sum(pixel_weights(masks, self.weight).sum() for _, masks in batches)
-        normalizer = mean_over_ranks(normalizer)
+        weights = sum(pixel_weights(masks, self.weight).sum() for _, masks in batches)
+        totals = Totals(mean_over_ranks(weights), None, world(), len(batches))
+        # Dropout is a function of (seed, step, rank), so that nothing depends on what ran before.
+        seed = derive_seed(args.seed, self.step, rank())
+        torch.manual_seed(seed)
+        if args.dice and len(batches) > 1:
+            totals = totals._replace(dice=self.dice_of_parts(batches))
+            torch.manual_seed(seed)
         loss = torch.zeros((), device=self.device)
         for number, (images, masks) in enumerate(batches, start=1):
             # Gradients are averaged over the ranks once per step, in the last backward.
             wait = number < len(batches) and world() > 1
             with self.ddp_model.no_sync() if wait else nullcontext():
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                with self.autocast():
                     outputs = self.ddp_model(normalize(images))
-                part = total_loss(outputs, masks, self.weight, gamma, normalizer)
+                if args.dice and len(batches) == 1:
+                    totals = totals._replace(dice=mean_over_ranks(total_dice_sums(outputs, masks)))
+                part = total_loss(outputs, masks, self.weight, gamma, totals)
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return mean_over_ranks(loss)
+
+    def autocast(self) -> torch.autocast:
+        """What a forward runs in."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    @torch.no_grad()
+    def dice_of_parts(self, batches: list[list[Tensor]]) -> Tensor:
+        """`Totals.dice` of a step in parts, on which the gradient of its first part depends: by one
+        more forward of each, in which batch norm keeps the statistics that it has."""
+        sums = 0
+        for images, masks in batches:
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            with self.autocast():
+                outputs = torch.func.functional_call(self.model, buffers, normalize(images))
+            sums = sums + total_dice_sums(outputs, masks)
+        return mean_over_ranks(sums)
 
     def mean_loss(self) -> float:
         """Mean loss of the epoch so far, read from the device. Raises UserError if not finite."""
@@ -353,7 +385,7 @@ class Run:
         if rate != learning_rate(step, *old):
             say(f"the learning rate goes on at {rate:.1e}, where it was {last:.1e}: see --lr")
         groups = self.optimizer.state_dict()["param_groups"]  # all else in them is as at the start
-        groups = [{**group, "lr": last} for group in groups]
+        groups = [{**group, "lr": last * group["factor"]} for group in groups]
         moments = state["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for name in PROGRESS:
@@ -454,6 +486,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--group", metavar="REGEX", help="keep together what it matches alike in the file name")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
     add("--oversample", type=int, default=1, metavar="N", help="rare images N times per epoch")
+    balanced = "share of the crops that are drawn by class, each around a pixel of it"
+    add("--balance", type=float, default=0.0, metavar="SHARE", help=balanced)
     add("--rare", nargs="+", metavar="CLASS", help="rare classes, instead of those in under 5%%")
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
     add = parser.add_argument_group("model").add_argument
@@ -461,15 +495,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=64, help="first channels of the U-Net")
     starts = sorted({start for model in models.MODELS.values() for start in model.STARTS})
     add("--weights", choices=starts, help="start (default: coco where a network has it)")
+    add("--freeze-norm", action="store_true", help="keep the batch norm statistics of the weights")
     add = parser.add_argument_group("loss").add_argument
     add("--focal", action="store_true", help="focal loss")
     add("--gamma", type=float, default=2.0, help="exponent of the focal loss")
     add("--weighted", action="store_true", help="class weights from pixel counts")
+    add("--dice", action="store_true", help="add soft Dice of the foreground")
     add = parser.add_argument_group("loop").add_argument
     add("--epochs", type=int, default=20, help="passes over the training images")
     add("--batch-size", type=int, default=8, help="images at once")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step")
     add("--lr", type=float, help="highest rate (default: 1e-4 from weights, 1e-3 from scratch)")
+    add("--head-lr", type=float, help="of the head (default: 10 times --lr where it starts fresh)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     compiled = argparse.BooleanOptionalAction
     add("--compile", action=compiled, default=False, help="torch.compile the training forward")
@@ -536,7 +573,7 @@ def check_run(state: dict) -> None:
     for name, value in state["args"].items():
         kind = type(expected[name])
         if expected[name] is None:
-            kind = {"lr": float, "rare": list}.get(name, str) | None
+            kind = {"lr": float, "head_lr": float, "rare": list}.get(name, str) | None
         if not isinstance(value, kind):
             raise TypeError(name)
     progress = state["progress"]
@@ -555,9 +592,11 @@ def refuse_taken(last: Path) -> None:
 
 def default_out(args: argparse.Namespace) -> str:
     """runs/<model, loss, and what else makes a run another one>."""
-    parts = [str(args.model)] + [name for name in ("weighted", "focal") if getattr(args, name)]
+    parts = [str(args.model)] + [
+        name for name in ("weighted", "focal", "dice") if getattr(args, name)
+    ]
     parts += [f"oversample{args.oversample}"] if args.oversample > 1 else []
-    for name in ("size", "width", "lr", "seed"):
+    for name in ("balance", "size", "width", "lr", "seed"):
         value = getattr(args, name)
         parts += [f"{name}{value}"] if value != build_parser().get_default(name) else []
     return str(Path("runs", "-".join(parts)))
@@ -568,15 +607,20 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     ranges = {"size": (32, models.LARGEST_SIZE), "workers": (0, dataset.MOST_WORKERS)}
     ranges["seed"] = (0, 2**63 - 1)
     ranges |= dict.fromkeys(("oversample", "epochs", "batch_size", "accumulate"), (1, math.inf))
-    ranges |= dict.fromkeys(("gamma", "save_every"), (0, math.inf))
+    ranges |= dict.fromkeys(("gamma", "save_every"), (0, math.inf)) | {"balance": (0, 1)}
     for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
             to = f"{low} or more" if high == math.inf else f"{low} to {high}"
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {to}")
     model = models.MODELS[args.model]
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr {args.lr}: give a number above 0")
-    if args.batch_size < model.SMALLEST_BATCH:
+    for name, value in {"--lr": args.lr, "--head-lr": args.head_lr}.items():
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{name} {value}: give a number above 0")
+    for name, value in {"--head-lr": args.head_lr, "--freeze-norm": args.freeze_norm}.items():
+        if value and args.weights == "none":
+            parser.error(f"{name}: only with --weights coco or imagenet")
+    frozen = args.freeze_norm and args.weights == "coco"
+    if args.batch_size < model.SMALLEST_BATCH and not frozen:
         parser.error(f"--batch-size: {args.model} needs {model.SMALLEST_BATCH} or more images")
     if args.width not in model.WIDTHS:
         parser.error(f"--width: {args.model} takes {model.WIDTHS[0]} to {model.WIDTHS[-1]}")

@@ -17,9 +17,10 @@ from common import load_manifest
 from dataset import (
     evaluation_input,
     evaluation_loader,
+    load_image,
+    load_mask,
     normalize,
     padded_size,
-    read_pair,
     resized_size,
 )
 from evaluate import Predictor, evaluate
@@ -61,7 +62,7 @@ def test_equals_one_image_at_a_time_by_hand(data, model):
     ]
     matrices = [found.total for found in matrices]
     for matrix, row in zip(matrices, rows):
-        image, mask = read_pair(manifest, row)
+        image, mask = load_image(manifest, row), torch.from_numpy(load_mask(manifest, row))
         height, width = mask.shape
         h, w = resized_size(height, width, 48)
         padded = evaluation_input(image, 48)[None]

@@ -269,14 +269,14 @@ def test_a_log_that_is_no_terminal_hears_of_the_loss(data, tmp_path, monkeypatch
 
 
 def test_an_epoch_tells_how_long_it_waited_for_data(data, tmp_path, monkeypatch):
-    read = dataset.read_pair
+    read = dataset.load_image
 
     def slow(*arguments):
         time.sleep(0.1)
         return read(*arguments)
 
     run(data, tmp_path / "fast", "--epochs", 1, "--batch-size", 12)
-    monkeypatch.setattr(dataset, "read_pair", slow)
+    monkeypatch.setattr(dataset, "load_image", slow)
     run(data, tmp_path / "slow", "--epochs", 1, "--batch-size", 12)
     shares = []
     for name in ("fast", "slow"):
@@ -350,7 +350,7 @@ def test_loader_processes_do_not_pile_up(data, tmp_path, monkeypatch):
 def test_no_wait_without_an_end(data, monkeypatch):
     manifest = train.common.load_manifest(data)
     monkeypatch.setattr(dataset, "TIMEOUT", 1)
-    monkeypatch.setattr(dataset, "read_pair", lambda *_: time.sleep(30))
+    monkeypatch.setattr(dataset, "load_image", lambda *_: time.sleep(30))
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
         list(evaluation_loader(manifest, np.arange(2), 32, 1, 1))
 
@@ -382,7 +382,7 @@ def test_what_a_loader_process_says_is_heard(data, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'train.py'\n"
     code += "import dataset, train, common\n"
     code += "def broken(*_): raise RuntimeError(TEXT)\n"
-    code += "dataset.read_pair = broken\ncommon.run_command(lambda: train.main(sys.argv[1:]))"
+    code += "dataset.load_image = broken\ncommon.run_command(lambda: train.main(sys.argv[1:]))"
     flags = ["--data", data, *FLAGS, "--workers", 1, "--out"]
     for text, expected in (
         ("unable to allocate shared memory(shm) for file </torch_1>", "--shm-size"),

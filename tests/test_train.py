@@ -477,14 +477,14 @@ def test_accumulate_through_the_command_line(data, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_a_loader_process_that_dies_is_a_sentence(data, tmp_path, monkeypatch, refused):
-    read = dataset.read_pair
+    read = dataset.load_image
 
     def deadly(manifest, row, scale=1):
         if torch.utils.data.get_worker_info() is not None and row == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(manifest, row, scale)
 
-    monkeypatch.setattr(dataset, "read_pair", deadly)
+    monkeypatch.setattr(dataset, "load_image", deadly)
     flags = ["--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run", "--workers", 2]
     assert "a loader process died" in refused("train", *flags)
 
