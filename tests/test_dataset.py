@@ -20,8 +20,10 @@ from dataset import (
     augment,
     crop_box,
     decoder_scale,
+    drawn_pixels,
     evaluation_input,
     evaluation_loader,
+    holders,
     jitter,
     normalize,
     oversample,
@@ -311,16 +313,73 @@ def test_an_epoch_holds_every_row_as_often_as_it_is_listed():
     for epoch in range(3):
         batches.set_epoch(epoch)
         keys = [key for batch in batches for key in batch]
-        assert sorted(row for _, _, row in keys) == rows.tolist()
-        assert [position for _, position, _ in keys] == list(range(8))
-        orders.append([row for _, _, row in keys])
+        assert sorted(row for _, _, row, _ in keys) == rows.tolist()
+        assert [position for _, position, _, _ in keys] == list(range(8))
+        orders.append([row for _, _, row, _ in keys])
     assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_the_crops_is_drawn_by_class(data, share):
+    manifest = load_manifest(data)
+    rows = np.arange(len(manifest))
+    groups = holders(manifest, np.repeat(rows, 2))
+    assert all(np.array_equal(group, np.unique(group)) for group in groups.values())
+    assert set(groups) == set(np.flatnonzero(manifest.pixels[:, 1:].any(axis=0)) + 1)
+    options = {"balance": share, "holders": groups}
+    drawn, batches = [], EpochBatches(np.tile(rows, 50), 4, 0, **options)
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        whole = [key for batch in batches for key in batch]
+        by_class = [(row, label) for _, _, row, label in whole if label]
+        assert len(by_class) == int(share * len(whole))
+        assert all(manifest.pixels[row, label] for row, label in by_class)
+        drawn += by_class
+        ranks = [EpochBatches(np.tile(rows, 50), 1, 0, 2, r, 2, **options) for r in range(2)]
+        for other in ranks:
+            other.set_epoch(epoch, start=1)
+        assert sorted(k for other in ranks for b in other for k in b) == sorted(whole[4:])
+    labels, images = np.array(drawn).T[::-1]
+    counts = np.array([(labels == label).sum() for label in groups])
+    assert np.abs(counts / len(labels) - 1 / len(groups)).max() < 0.05
+    rarest = min(groups, key=lambda label: len(groups[label]))
+    found = np.bincount(images[labels == rarest], minlength=len(rows))[groups[rarest]]
+    assert found.min() > 0.5 * found.mean()
+
+
+def test_crops_drawn_by_class_show_it(data):
+    manifest = load_manifest(data)
+    training = TrainingSet(manifest, 32, seed=0)
+    for label, group in holders(manifest, np.arange(len(manifest))).items():
+        masks = [training[0, n, int(n), label][1] for n in group for _ in range(3)]
+        assert all((mask == label).any() for mask in masks)
+
+
+def test_a_crop_is_centred_as_far_as_the_image_allows():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        center = tuple(rng.integers((90, 130)).tolist())
+        top, left, h, w = crop_box(90, 130, rng, center)
+        for start, side, whole, pixel in ((top, h, 90, center[0]), (left, w, 130, center[1])):
+            assert 0 <= start <= pixel < start + side <= whole
+            middle = start + side // 2 == pixel
+            assert middle or start == 0 or start + side == whole
+
+
+def test_pixels_as_often_as_they_are_drawn():
+    pixels = np.array([[80, 20, 0], [100, 0, 0], [60, 30, 10]])
+    manifest = SimpleNamespace(pixels=pixels, classes=["background", "a", "b"])
+    rows = np.array([0, 1, 2, 2])
+    assert drawn_pixels(manifest, rows, 0.0).tolist() == [300, 80, 20]
+    # By class: "a" in images 0 and 2 (70, 25, 5), "b" in image 2 (60, 30, 10).
+    expected = 0.5 * np.array([300, 80, 20]) + 0.5 * 4 * np.array([65, 27.5, 7.5])
+    np.testing.assert_allclose(drawn_pixels(manifest, rows, 0.5), expected)
 
 
 def test_a_repeated_image_is_augmented_anew(data):
     training = TrainingSet(load_manifest(data), 32, seed=0)
-    assert torch.equal(training[0, 1, 5][0], training[0, 1, 5][0])
-    assert not torch.equal(training[0, 1, 5][0], training[0, 2, 5][0])
+    assert torch.equal(training[0, 1, 5, 0][0], training[0, 1, 5, 0][0])
+    assert not torch.equal(training[0, 1, 5, 0][0], training[0, 2, 5, 0][0])
 
 
 def test_evaluation_loader_gives_every_image_once_with_255_around_its_mask(data):

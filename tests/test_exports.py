@@ -612,10 +612,10 @@ def test_a_training_notices_that_masks_were_prepared_anew(tmp_path, refused):
     one_file(tmp_path, rows, [person(n) for n in range(12)])
     manifest = load_manifest(tmp_path / "data")
     one_file(tmp_path, rows, [person(n, polygon(3, 3, 4, 4)) for n in range(12)])
-    from dataset import load_image
+    from dataset import load_mask
 
     with pytest.raises(UserError, match=r"masks_raw/0\.png is not the mask .* start again"):
-        load_image(manifest, 0)
+        load_mask(manifest, 0)
 
 
 def test_what_is_not_ours_is_not_overwritten(tmp_path, refuse):

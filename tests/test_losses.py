@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import class_weights, segmentation_loss, total_loss
+import losses
+from losses import (
+    Totals,
+    class_weights,
+    dice_loss,
+    dice_sums,
+    pixel_weights,
+    segmentation_loss,
+    total_dice_sums,
+    total_loss,
+)
 
 
 @pytest.fixture
@@ -104,3 +114,101 @@ def test_class_weights_are_damped_clamped_and_average_to_one():
     assert (weight * pixels).sum() / pixels.sum() == pytest.approx(1)
     assert np.isfinite(weight).all()
     assert weight[3] == weight.max()
+
+
+# --- Dice, parts of a step, chunks ---------------------------------------------------------------
+
+
+def test_dice_by_hand():
+    # Two pixels of class 1 with p = 3/4 and 1/4, one of class 0 with p(1) = 1/2; class 2 nowhere.
+    p = torch.tensor([[0.25, 0.75, 0.0], [0.75, 0.25, 0.0], [0.5, 0.5, 0.0]])
+    logits = p.clamp_min(1e-30).log().T.reshape(1, 3, 1, 3)
+    sums = dice_sums(logits, torch.tensor([[[1, 1, 0]]]))
+    torch.testing.assert_close(sums, torch.tensor([[0.5, 1, 0], [1.5, 1.5, 0], [1, 2, 0]]))
+    assert dice_loss(sums).item() == pytest.approx(1 - (2 * 1 + 1) / (1.5 + 2 + 1))
+
+
+def plain_dice(logits, masks):
+    """Another way: pixels in a list, classes in a loop."""
+    valid = masks != 255
+    probabilities, labels = logits.softmax(1).movedim(1, -1)[valid], masks[valid]
+    terms = []
+    for label in labels.unique().tolist():
+        if label > 0:
+            p, y = probabilities[:, label], (labels == label).float()
+            terms.append(1 - (2 * (p @ y) + 1) / (p.sum() + y.sum() + 1))
+    return sum(terms) / max(len(terms), 1)
+
+
+def with_dice(outputs, masks, weight=None, gamma=0.0):
+    totals = Totals(pixel_weights(masks, weight).sum(), total_dice_sums(outputs, masks))
+    return total_loss(outputs, masks, weight, gamma, totals)
+
+
+@pytest.mark.parametrize("chunk", [1, 2**19])
+@pytest.mark.parametrize("missing", [[], [0], [2, 3], [1, 2, 3, 4]])
+def test_dice_is_that_of_another_implementation(batch, missing, chunk, monkeypatch):
+    monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
+    logits, masks, weight = batch
+    for label in missing:
+        masks[masks == label] = 255 if label == 0 else 0
+    x, y = (logits.clone().requires_grad_() for _ in range(2))
+    mine = with_dice({"out": x}, masks, weight, 2.0)
+    theirs = segmentation_loss(y, masks, weight, 2.0) + plain_dice(y, masks)
+    torch.testing.assert_close(mine, theirs)
+    found, expected = (torch.autograd.grad(loss, z)[0] for loss, z in ((mine, x), (theirs, y)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert (found[(masks == 255)[:, None].expand_as(found)] == 0).all()
+
+
+def test_dice_of_nothing_but_ignored_pixels_is_zero():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = with_dice({"out": logits}, torch.full((2, 4, 4), 255, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+def test_parts_and_ranks_have_the_gradient_of_the_whole(batch):
+    """Two ranks with two parts each: a rank's gradient counts half, as DDP averages."""
+    logits, masks, weight = batch
+    logits, masks = torch.cat([logits, logits[:1] + 1]), torch.cat([masks, masks[:1]])
+    whole = logits.clone().requires_grad_()
+    expected = with_dice({"out": whole, "aux": -whole}, masks, weight, 2.0)
+    expected.backward()
+    ranks = 2
+    weights = pixel_weights(masks, weight).sum() / ranks
+    dice = total_dice_sums({"out": logits, "aux": -logits}, masks) / ranks
+    x, loss = logits.clone().requires_grad_(), 0
+    for image in range(4):
+        part = {"out": x[[image]], "aux": -x[[image]]}
+        totals = Totals(weights, dice, ranks=ranks, parts=2)
+        loss = loss + total_loss(part, masks[[image]], weight, 2.0, totals) / ranks
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(x.grad, whole.grad, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 4000, 2**19])
+@pytest.mark.parametrize(("height", "width", "stride"), [(64, 48, 8), (33, 57, 8), (41, 32, 1)])
+def test_chunks_are_the_whole_upsampled(chunk, height, width, stride, monkeypatch):
+    monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
+    torch.manual_seed(0)
+    small = torch.randn(3, 5, -(-height // stride), -(-width // stride), dtype=torch.float64)
+    masks = torch.randint(0, 5, (3, height, width)).byte()
+    masks[0, 3:9] = 255
+    x, y = (small.float().requires_grad_(), small.requires_grad_())
+    large = F.interpolate(y, scale_factor=stride, mode="bilinear")[..., :height, :width]
+    expected = F.cross_entropy(large, masks.long(), ignore_index=255)
+    found = total_loss({"out": x}, masks)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(3 * found, x)
+    torch.testing.assert_close(
+        gradient.double(), 3 * torch.autograd.grad(expected, y)[0], rtol=1e-4, atol=1e-8
+    )
+
+
+def test_the_gradient_of_half_precision_logits_is_theirs():
+    x = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    total_loss({"out": x}, torch.zeros(1, 64, 64, dtype=torch.uint8)).backward()
+    assert x.grad.dtype == torch.bfloat16

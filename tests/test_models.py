@@ -19,6 +19,7 @@ from models import (
     UNet,
     amp_dtype,
     build_model,
+    build_optimizer,
     init_class_prior,
     load_checkpoint,
     model_from_checkpoint,
@@ -66,8 +67,8 @@ def test_deeplab_is_torchvisions():
         found = model(images)["out"]
         torch.testing.assert_close(found, expected[..., :65, :47], rtol=1e-3, atol=1e-4)
     outputs = model.train()(torch.randn(2, 3, 65, 50))
-    assert {k: tuple(v.shape) for k, v in outputs.items()} == dict.fromkeys(
-        ["out", "aux"], (2, 21, 65, 50)
+    assert {name: tuple(logits.shape) for name, logits in outputs.items()} == dict.fromkeys(
+        ["out", "aux"], (2, 21, 9, 7)
     )
 
 
@@ -121,7 +122,7 @@ def hub(tmp_path_factory):
     torch.save(donor.state_dict(), folder / "hub" / "checkpoints" / Path(weights.url).name)
     backbone = dict(donor.backbone.state_dict())
     backbone |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
-    name = Path(ResNet50_Weights.IMAGENET1K_V1.url).name
+    name = Path(ResNet50_Weights.IMAGENET1K_V2.url).name
     torch.save(backbone, folder / "hub" / "checkpoints" / name)
     return folder, donor
 
@@ -155,6 +156,38 @@ def test_imagenet_fills_the_backbone_only(torch_home):
         if name in model.backbone.state_dict():
             assert torch.equal(model.backbone.state_dict()[name], value)
     assert not torch.equal(model.classifier[1].weight, torch_home.classifier[1].weight)
+
+
+def test_what_starts_fresh_learns_faster():
+    known, others = ["background", "person", "tv"], ["background", "giraffe"]
+    for classes, weights, names in (
+        (known, "coco", ["classifier.4", "aux_classifier.4"]),
+        (others, "imagenet", ["classifier", "aux_classifier"]),
+        (others, "none", []),
+    ):
+        model = DeepLab(len(classes))
+        head, fresh = models.head_of("deeplab", classes, weights)
+        assert fresh == (weights == "imagenet")
+        groups = build_optimizer(model, 1e-3, head, 10.0).param_groups
+        factors = {id(p): group["factor"] for group in groups for p in group["params"]}
+        assert len(factors) == len(list(model.parameters()))
+        for name, parameter in model.named_parameters():
+            fast = any(name.startswith(f"{module}.") for module in names)
+            assert factors[id(parameter)] == (10 if fast else 1), name
+        assert all(group["lr"] == 1e-3 * group["factor"] for group in groups)
+    assert models.head_of("deeplab", others, "coco")[1]
+
+
+@pytest.mark.parametrize(("weights", "frozen"), [("coco", True), ("imagenet", False)])
+def test_frozen_batch_norm_keeps_the_statistics_of_the_weights(weights, frozen):
+    model = DeepLab(3).train()
+    models.freeze_norm(model, weights)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(1 if frozen else 2, 3, 32, 32))["out"].sum().backward()
+    changed = {n for n, buffer in model.named_buffers() if not torch.equal(buffer, before[n])}
+    assert not any(name.startswith("backbone") for name in changed)
+    assert (len(changed) == 0) == frozen
+    assert model.backbone.bn1.weight.grad is not None
 
 
 def test_weights_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):

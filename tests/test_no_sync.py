@@ -2,6 +2,7 @@
 device: read off the operations themselves, which needs no GPU."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,9 +43,9 @@ class NoSync(TorchDispatchMode):
         return result
 
 
-def a_run(model, device, gamma=2.0):
-    return SimpleNamespace(
-        args=SimpleNamespace(epochs=2, lr=1e-3, seed=0, gamma=gamma, focal=gamma > 0),
+def a_run(model, device, gamma=2.0, dice=True):
+    run = SimpleNamespace(
+        args=SimpleNamespace(epochs=2, lr=1e-3, seed=0, gamma=gamma, focal=gamma > 0, dice=dice),
         batches=SimpleNamespace(steps=5),
         device=torch.device(device),
         dtype=None,
@@ -55,6 +56,9 @@ def a_run(model, device, gamma=2.0):
         optimizer=build_optimizer(model, 1e-3),
         scaler=torch.amp.GradScaler(device, enabled=False),
     )
+    run.autocast = partial(Run.autocast, run)
+    run.dice_of_parts = partial(Run.dice_of_parts, run)
+    return run
 
 
 def a_batch(device):
@@ -98,12 +102,13 @@ def evaluation_step(model, device, images, masks):
 
 
 @pytest.mark.parametrize("name", ["unet", "deeplab"])
-def test_a_training_step_reads_nothing_back(name):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_training_step_reads_nothing_back(name, parts):
     run = a_run(build_model(name, CLASSES, width=4), "cpu")
     run.model.train()
     images, masks = a_batch("cpu")
     with NoSync() as mode:
-        loss = Run.train_step(run, [(images, masks)])
+        loss = Run.train_step(run, [(images, masks)] * parts)
     assert {"convolution_backward", "_fused_adamw_"} <= mode.operations
     assert torch.isfinite(loss)
 

@@ -67,6 +67,7 @@ def lines_of(folder):
 def test_two_ranks_one_of_which_dies_give_the_run_of_one_process(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--epochs", 2, "--weighted", "--accumulate", 2, "--save-every", 0]
+    flags += ["--dice", "--balance", 0.4]
     launch(one, data, 1, 8, False, *flags)
     result = launch(two, data, 2, 4, True, *flags)
     assert result.stdout.count("images per step") == 2  # rank 0 alone speaks, in both of its lives

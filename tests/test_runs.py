@@ -325,7 +325,7 @@ def test_images_that_an_epoch_left_out_come_first_in_the_next():
     epochs = []
     for epoch in range(47):
         batches.set_epoch(epoch)
-        epochs.append([index for batch in batches for _, _, index in batch])
+        epochs.append([index for batch in batches for _, _, index, _ in batch])
     left = set(range(47)) - set(epochs[0])
     assert len(left) == 15
     assert set(epochs[1][:15]) == left

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,7 @@ from train import Run
 
 LOSSES = {"ce": [], "weighted": ["--weighted"], "focal": ["--focal"]}
 LOSSES["weighted-focal"] = ["--weighted", "--focal", "--gamma", "1.5"]
+LOSSES["dice"] = ["--dice", "--balance", "0.5"]
 
 
 def lines_of(out):
@@ -426,11 +429,11 @@ def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
     """As fp16 does on a GPU: gradients that overflow change no weight, and the run goes on."""
     torch.manual_seed(0)
     model = build_model("unet", ["background", "person", "car"], width=4)
-    args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=False)
+    args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=False, dice=False)
     run = SimpleNamespace(
         args=args, batches=SimpleNamespace(steps=5), device=torch.device("cpu"), dtype=None, step=0,
         ddp_model=model, weight=None, optimizer=build_optimizer(model, 1e-2),
-        scaler=torch.amp.GradScaler("cpu"),
+        scaler=torch.amp.GradScaler("cpu"), autocast=nullcontext,
     )  # fmt: skip
     batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.uint8)
     original, skipped = train.total_loss, []
@@ -445,7 +448,8 @@ def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
     assert skipped == [1, 1, 1, 2, 2]
 
 
-def test_accumulated_batches_give_the_step_of_the_whole(data):
+@pytest.mark.parametrize("dice", [False, True])
+def test_accumulated_batches_give_the_step_of_the_whole(dice):
     """With batch norm frozen; more pixels are ignored in one part than in the other."""
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     masks = torch.randint(0, 3, (8, 32, 32), dtype=torch.uint8)
@@ -454,13 +458,15 @@ def test_accumulated_batches_give_the_step_of_the_whole(data):
     for parts in ([slice(0, 8)], [slice(0, 4), slice(4, 8)], [slice(0, 1), slice(1, 8)]):
         torch.manual_seed(0)
         model = build_model("unet", ["background", "person", "car"], width=4).eval()
-        args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=True)
+        args = SimpleNamespace(epochs=2, lr=1e-2, seed=0, gamma=2.0, focal=True, dice=dice)
         run = SimpleNamespace(
             args=args, batches=SimpleNamespace(steps=5), device=torch.device("cpu"), dtype=None,
-            ddp_model=model, weight=torch.tensor([0.5, 1.0, 3.0]), step=3,
-            optimizer=torch.optim.SGD(model.parameters(), lr=1e-2),
+            model=model, ddp_model=model, weight=torch.tensor([0.5, 1.0, 3.0]), step=3,
+            autocast=nullcontext,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
         )  # fmt: skip
+        run.optimizer = torch.optim.SGD([{"params": model.parameters(), "factor": 1.0}], lr=1e-2)
+        run.dice_of_parts = partial(Run.dice_of_parts, run)
         loss = Run.train_step(run, [(images[part], masks[part]) for part in parts])
         after.append([loss, *(p.detach() for p in model.parameters())])
     for other in after[1:]:
@@ -534,7 +540,26 @@ def test_bad_combinations_are_refused_before_any_data_is_read(refused):
     assert "--size" in sentence("--model", "unet", "--size", 8)
     assert "--lr" in sentence("--model", "unet", "--lr", 0)
     assert "--lr" in sentence("--model", "unet", "--lr", "nan")
+    assert "--balance 1.5: give 0 to 1" in sentence("--model", "unet", "--balance", 1.5)
+    assert "--head-lr 0.0" in sentence("--model", "deeplab", "--head-lr", 0)
+    assert "--head-lr: only with" in sentence("--model", "unet", "--head-lr", 1e-3)
+    scratch = ["--model", "deeplab", "--weights", "none"]
+    assert "--freeze-norm: only with" in sentence(*scratch, "--freeze-norm")
+    one = ["--model", "deeplab", "--batch-size", 1, "--freeze-norm"]
+    assert "2 or more" in sentence(*one, "--weights", "imagenet")
+    assert "no manifest" in sentence(*one)
     assert "no manifest at /nowhere" in sentence("--model", "unet")
+
+
+def test_a_run_that_learns_only_the_background_says_what_to_try(data, tmp_path, capsys):
+    sentence = "background and little else: try --dice --balance 0.5"
+    flags = ["--data", str(data), *TINY, "--model", "unet", "--epochs", "1"]
+    train.main([*flags, "--lr", "1e-9", "--out", str(tmp_path / "a")])
+    assert sentence in capsys.readouterr().out
+    train.main([*flags, "--epochs", "8", "--dice", "--lr", "1e-2", "--out", str(tmp_path / "b")])
+    said = capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "b" / "best.pt")["progress"]["best"] > 0.01, said
+    assert sentence not in said
 
 
 def test_refusals(data, checkpoint, tmp_path, refused):

@@ -133,7 +133,7 @@ def sample(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
             mask = Image.open(manifest.data / "masks_raw" / manifest.masks[index])
             image, mask = transform(image, tv_tensors.Mask(np.array(mask)))
         else:
-            image, mask = crops[0, index, index]
+            image, mask = crops[0, index, index, 0]
         assert image.shape[1:] == mask.shape == (size, size)
 
 
@@ -141,7 +141,7 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     """Training steps on one batch. Baseline: as in torchvision's own scripts, contiguous float32,
     `F.cross_entropy` of each head, and each loss read."""
     import torch
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import cross_entropy, interpolate
 
     from dataset import normalize
     from train import Run, parse_args
@@ -156,7 +156,10 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     run.model.train()
 
     def baseline():
-        out, *aux = model(images).values()
+        outputs = model(images).values()
+        if args.model == "deeplab":
+            outputs = (interpolate(x, (size, size), mode="bilinear") for x in outputs)
+        out, *aux = outputs
         loss = cross_entropy(out, masks, ignore_index=255)
         for x in aux:
             loss = loss + 0.5 * cross_entropy(x, masks, ignore_index=255)
@@ -193,7 +196,6 @@ def loss(method: str, classes: int, args: argparse.Namespace) -> Iterator[int]:
     from torch.nn.functional import cross_entropy, interpolate
 
     from losses import total_loss
-    from models import DeepLab
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,12 +203,10 @@ def loss(method: str, classes: int, args: argparse.Namespace) -> Iterator[int]:
     heads = [torch.randn(args.batch_size, classes, side // 8, side // 8) for _ in range(2)]
     heads = [head.to(**last).requires_grad_() for head in heads]
     masks = torch.randint(classes, (args.batch_size, side, side), device=device)
-    upsample = DeepLab(2).upsample
 
     def run(ours: bool):
         if ours:
-            outputs = {name: upsample(x, side, side) for name, x in zip(("out", "aux"), heads)}
-            loss = total_loss(outputs, masks.byte())
+            loss = total_loss(dict(zip(("out", "aux"), heads)), masks.byte())
         else:
             large = [interpolate(x, (side, side), mode="bilinear") for x in heads]
             out, aux = (cross_entropy(x, masks, ignore_index=255) for x in large)
