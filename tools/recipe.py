@@ -1,6 +1,6 @@
 """This project's recipe for little data beside the usual one, for the same time of one core.
 
-    OMP_NUM_THREADS=1 python tools/recipe.py --data data --val-split val2017 --seeds 0 1 2
+    OMP_NUM_THREADS=1 python tools/recipe.py --data data --seeds 0 1 2
 
 Both train the same network on the same images for as many seconds of the processor, loading
 included and validation not, and each counts at the best of ten validations, by one confusion matrix
@@ -9,12 +9,9 @@ augmentation, cross entropy, Adam at 1e-4, batches of 8, float32.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +29,18 @@ import models
 import train
 from evaluate import evaluate
 
-RECIPE = "--dice --balance 0.5 --batch-size 4"
+RECIPE = "--dice --balance 0.5"
 VALIDATIONS = 10
+DEVICE = torch.device("cpu")
 NEAREST = InterpolationMode.NEAREST_EXACT
 
 
 def ours(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callable]:
     """Steps of `train.py`, which yield the share that is done, and what validates."""
     line = f"--model {args.model} --width {args.width} --size {args.size} --workers 0 --seed {seed}"
-    line += f" --weights none --wandb disabled --out {args.out}/none --data {args.data}"
-    line += f" --epochs {args.epochs} {args.flags}"
-    line += f" --val-split {args.val_split}" if args.val_split else ""
-    with redirect_stdout(None):
-        run = train.Run(train.parse_args(line.split())[0], torch.device("cpu"), "none")
+    line += f" --weights none --wandb disabled --out runs/none --data {args.data} {args.flags}"
+    line += f" --epochs {args.epochs} --val-split {args.val_split}"
+    run = train.Run(train.parse_args(line.split())[0], DEVICE, "none")
 
     def steps() -> Iterator[float]:
         for epoch in range(args.epochs):
@@ -55,7 +51,7 @@ def ours(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callable
                 run.step += 1
                 yield run.step / run.batches.steps / args.epochs
 
-    return steps(), partial(evaluate, run.predictor, run.val_loader, "validate")
+    return steps(), lambda: evaluate(run.predictor, run.val_loader, "validate")
 
 
 def usual(args: argparse.Namespace, seed: int, seconds: float) -> tuple[Iterator[float], Callable]:
@@ -65,7 +61,7 @@ def usual(args: argparse.Namespace, seed: int, seconds: float) -> tuple[Iterator
     torch.manual_seed(seed)
     model = models.MODELS[args.model](len(manifest.classes), args.width)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    square, rng = [args.size, args.size], np.random.default_rng(seed)
+    square, rng = [args.size] * 2, np.random.default_rng(seed)
 
     def load(row: int) -> tuple[torch.Tensor, torch.Tensor]:
         mask = torch.from_numpy(dataset.load_mask(manifest, row))
@@ -88,12 +84,13 @@ def usual(args: argparse.Namespace, seed: int, seconds: float) -> tuple[Iterator
                 optimizer.step()
                 used += time.process_time() - started
                 yield used / seconds
+                if used >= seconds:
+                    return
 
     @torch.inference_mode()
     def validate() -> metrics.ConfusionMatrix:
         model.eval()
-        shape = len(val_rows), len(manifest.classes)
-        confusion = metrics.ConfusionMatrix(*shape, torch.device("cpu"))
+        confusion = metrics.ConfusionMatrix(len(val_rows), len(manifest.classes), DEVICE)
         for number, row in enumerate(val_rows.tolist()):
             image, mask = load(row)
             logits = model(dataset.normalize(image[None]))["out"]
@@ -106,18 +103,13 @@ def usual(args: argparse.Namespace, seed: int, seconds: float) -> tuple[Iterator
 
 def timed(steps: Iterator[float], validate: Callable) -> list[tuple[float, float, np.ndarray]]:
     """Seconds of training, foreground mIoU and (images, 3, C) counts of each validation."""
-    used, found, share = 0.0, [], 0.0
-    with tqdm(total=VALIDATIONS, leave=False, disable=None) as bar:
-        while share < 1:
-            started = time.process_time()
-            share = next(steps)
-            used += time.process_time() - started
-            if share * VALIDATIONS >= len(found) + 1:
-                counts = validate().counts.numpy()
-                found.append(
-                    (used, float(metrics.scores(counts.sum(0))["foreground_miou"]), counts)
-                )
-                bar.update()
+    used, found, started = 0.0, [], time.process_time()
+    for share in tqdm(steps, leave=False, disable=None, unit=" steps"):
+        used += time.process_time() - started
+        if share * VALIDATIONS >= len(found) + 1:
+            counts = validate().counts.numpy()
+            found.append((used, float(metrics.scores(counts.sum(0))["foreground_miou"]), counts))
+        started = time.process_time()
     return found
 
 
@@ -126,34 +118,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data", default="data", help="prepared masks")
-    add("--val-split", metavar="NAME", help="split that validates, not a fifth of all images")
+    add("--val-split", metavar="NAME", default="val2017", help="split that validates")
     add("--model", choices=list(models.MODELS), default="unet", help="network, from scratch")
     add("--width", type=int, default=16, help="of the U-Net; 64 for DeepLab")
     add("--size", type=int, default=96, help="side of the crops, and of the squares")
     add("--epochs", type=int, default=90, help="of ours; the usual recipe gets the time they take")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each per seed")
     add("--flags", default=RECIPE, help="of train.py: the recipe")
-    add("--out", type=Path, default=Path("recipe"), help="folder for a JSON file per seed")
     return parser
 
 
 def main() -> None:
     """Train with both recipes and each seed; print each best validation and the difference."""
     args = build_parser().parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    print("seed recipe", *common.load_manifest(args.data).classes, "foreground seconds/all")
+    print("seed recipe", *common.load_manifest(args.data).classes, "foreground  at seconds")
     gains = []
     for seed in args.seeds:
         found = {"ours": timed(*ours(args, seed))}
         found["usual"] = timed(*usual(args, seed, found["ours"][-1][0]))
         best = {name: max(validations, key=lambda v: v[1]) for name, validations in found.items()}
-        for name, (seconds, foreground, counts) in best.items():
+        for name, (_, foreground, counts) in best.items():
             iou = " ".join(f"{x:.3f}" for x in metrics.scores(counts.sum(axis=0))["iou"])
-            end = found[name][-1][0]
-            print(f"{seed} {name:>6} {iou} {foreground:.3f} {seconds:.0f}/{end:.0f}", flush=True)
-        curves = {name: [v[:2] for v in validations] for name, validations in found.items()}
-        text = json.dumps({"seed": seed, "flags": args.flags, **curves}) + "\n"
-        common.write_text(args.out / f"{args.model}-{args.size}-{seed}.json", text)
+            curve = " ".join(f"{value:.3f}@{seconds:.0f}s" for seconds, value, _ in found[name])
+            print(f"{seed} {name:>6} {iou} {foreground:.3f}  {curve}", flush=True)
         others = [metrics.leave_one_out(v[2])["foreground_miou"] for v in best.values()]
         gains.append((best["ours"][1] - best["usual"][1], others[0] - others[1]))
     gain, others = (np.mean(values, axis=0) for values in zip(*gains))
