@@ -632,6 +632,7 @@ def test_compile_changes_nothing_but_the_speed(data, tmp_path, monkeypatch):
         return original(function, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # nor after a validation
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         line = ["--data", data, *TINY, "--model", "unet", "--epochs", 2, *flags]
         train.main([*map(str, line), "--out", str(tmp_path / name)])

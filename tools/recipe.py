@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, interpolate
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
@@ -32,8 +31,6 @@ from evaluate import evaluate
 
 RECIPE = "--dice --balance 0.5"
 VALIDATIONS = 10
-DEVICE = torch.device("cpu")
-NEAREST = InterpolationMode.NEAREST_EXACT
 
 
 def ours(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callable]:
@@ -41,7 +38,7 @@ def ours(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callable
     line = f"--model {args.model} --width {args.width} --size {args.size} --workers 0 --seed {seed}"
     line += f" --weights none --wandb disabled --out runs/none --data {args.data} {args.flags}"
     line += f" --epochs {args.epochs} --val-split {args.val_split}"
-    run = train.Run(train.parse_args(line.split())[0], DEVICE, "none")
+    run = train.Run(train.parse_args(line.split())[0], torch.device("cpu"), "none")
 
     def steps() -> Iterator[float]:
         for epoch in range(args.epochs):
@@ -61,8 +58,8 @@ def usual(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callabl
     train_rows, val_rows = dataset.split_indices(manifest, seed, args.val_split)
     torch.manual_seed(seed)
     model = models.MODELS[args.model](len(manifest.classes), args.width)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    square, rng = [args.size] * 2, np.random.default_rng(seed)
+    optimizer, rng = torch.optim.Adam(model.parameters(), lr=1e-4), np.random.default_rng(seed)
+    square = [args.size, args.size]
 
     def load(row: int) -> tuple[torch.Tensor, torch.Tensor]:
         mask = torch.from_numpy(dataset.load_mask(manifest, row))
@@ -74,7 +71,8 @@ def usual(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callabl
             for start in range(0, len(order) - 7, 8):
                 model.train()
                 images, masks = zip(*map(load, order[start : start + 8]))
-                masks = torch.cat([F.resize(mask[None], square, NEAREST) for mask in masks]).long()
+                masks = [interpolate(m[None, None], square, mode="nearest-exact")[0] for m in masks]
+                masks = torch.cat(masks).long()
                 logits = model(dataset.normalize(torch.stack(images)).contiguous()).values()
                 logits = (interpolate(x, square, mode="bilinear") for x in logits)
                 loss, *auxiliary = (cross_entropy(x, masks, ignore_index=255) for x in logits)
@@ -86,7 +84,8 @@ def usual(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callabl
     @torch.inference_mode()
     def validate() -> metrics.ConfusionMatrix:
         model.eval()
-        confusion = metrics.ConfusionMatrix(len(val_rows), len(manifest.classes), DEVICE)
+        shape = len(val_rows), len(manifest.classes)
+        confusion = metrics.ConfusionMatrix(*shape, torch.device("cpu"))
         for number, row in enumerate(val_rows.tolist()):
             image, mask = load(row)
             logits = model(dataset.normalize(image[None]))["out"]
