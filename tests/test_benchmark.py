@@ -98,3 +98,37 @@ def test_overfit_chooses_images_of_every_class_and_of_one_shape(tmp_path, monkey
     monkeypatch.setattr(overfit, "PER_CLASS", 2)
     with pytest.raises(UserError, match="too few images with person"):
         overfit.choose_images(tmp_path / "data")
+
+
+@pytest.mark.parametrize("model", ["unet", "deeplab"])
+def test_both_recipes_train_for_the_same_time_and_are_measured_alike(data, model, capsys):
+    import recipe
+
+    line = ["--data", str(data), "--model", model, "--size", "32", "--epochs", "1", "--seeds", "0"]
+    line += ["--width", "4"] if model == "unet" else ["--width", "64"]
+    args = recipe.build_parser().parse_args(line)
+    mine = recipe.timed(*recipe.ours(args, 0))
+    theirs = recipe.timed(*recipe.usual(args, 0), mine[-1][0])
+    assert theirs[-1][0] >= mine[-1][0]
+    manifest = load_manifest(data)
+    expected = manifest.pixels[manifest.splits == "val2017"]
+    for _, foreground, counts in (mine[0], mine[-1], theirs[0], theirs[-1]):
+        np.testing.assert_array_equal(counts[:, 1], expected)
+        ious = counts.sum(0)[0] / (counts.sum(0)[1] + counts.sum(0)[2] - counts.sum(0)[0])
+        assert foreground == pytest.approx(ious[1:].mean())
+    said = capsys.readouterr().out
+    assert f"{model}, " in said
+
+
+def test_the_usual_recipe_learns(data):
+    import recipe
+
+    line = f"--data {data} --size 32 --width 8".split()
+    steps, validate = recipe.usual(recipe.build_parser().parse_args(line), 0)
+    scores = []
+    for count in (1, 150):
+        for _ in range(count):
+            next(steps)
+        counts = validate().counts.numpy().sum(axis=0)
+        scores.append(counts[0].sum() / counts[1].sum())
+    assert scores[1] > scores[0]
