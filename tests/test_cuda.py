@@ -14,7 +14,7 @@ import train
 from common import UserError, load_manifest
 from dataset import evaluation_loader
 from evaluate import Predictor, evaluate
-from losses import total_loss
+from losses import Totals, pixel_weights, total_dice_sums, total_loss
 from metrics import ConfusionMatrix
 from models import build_model, load_checkpoint
 
@@ -59,10 +59,11 @@ def a_run(data, out, *flags):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--model", "unet", "--amp", "bf16"],
+    ["--model", "unet", "--amp", "bf16", "--dice"],
     ["--model", "unet", "--amp", "fp16", "--weighted", "--focal"],
     ["--model", "deeplab", "--width", 64, "--weights", "none", "--amp", "bf16"],
-    ["--model", "deeplab", "--width", 64, "--weights", "none", "--accumulate", 2, "--amp", "off"],
+    ["--model", "deeplab", "--width", 64, "--weights", "none", "--accumulate", 2, "--amp", "off",
+     "--dice"],
 ], ids=lambda flags: "-".join(map(str, flags[1:])))  # fmt: skip
 def test_a_training_step_does_not_wait_for_the_gpu(data, tmp_path, no_sync, flags):
     run, batches = a_run(data, tmp_path / "run", *flags)
@@ -115,16 +116,20 @@ def test_the_matrix_is_the_cpus(data, exact):
     assert torch.equal(matrices[0].counts, matrices[1].counts.cpu())
 
 
+@pytest.mark.parametrize("side", [5, 40])  # of logits that are upsampled by 8, or not at all
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_loss_and_gradient_are_the_cpus(gamma, exact):
+def test_loss_and_gradient_are_the_cpus(gamma, side, exact):
     torch.manual_seed(0)
-    logits, masks = torch.randn(2, 5, 40, 40), torch.randint(0, 5, (2, 40, 40)).byte()
+    logits, masks = torch.randn(2, 5, side, side), torch.randint(0, 5, (2, 40, 40)).byte()
     masks[0, :9] = 255
     results = []
     for device in ("cpu", "cuda"):
         x = logits.to(device).detach().requires_grad_()
         weight = torch.linspace(0.5, 3, 5, device=device)
-        loss = total_loss({"out": x, "aux": -x}, masks.to(device), weight, gamma)
+        outputs, labels = {"out": x, "aux": -x}, masks.to(device)
+        weights = pixel_weights(labels, weight).sum()
+        totals = Totals(weights, total_dice_sums(outputs, labels))
+        loss = total_loss(outputs, labels, weight, gamma, totals)
         results.append([loss.cpu(), torch.autograd.grad(loss, x)[0].cpu()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-8)
 
