@@ -88,7 +88,7 @@ def usual(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callabl
         confusion = metrics.ConfusionMatrix(*shape, torch.device("cpu"))
         for number, row in enumerate(val_rows.tolist()):
             image, mask = load(row)
-            logits = model(dataset.normalize(image[None]))["out"]
+            logits = model(dataset.normalize(image[None]).contiguous())["out"]
             logits = interpolate(logits, mask.shape, mode="bilinear")
             confusion.update(number, logits[0].argmax(dim=0).byte(), mask)
         return confusion
