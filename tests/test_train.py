@@ -474,6 +474,54 @@ def test_accumulated_batches_give_the_step_of_the_whole(dice):
             torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-7)
 
 
+def test_dice_of_a_step_in_parts_is_that_of_its_forwards(data, tmp_path, monkeypatch):
+    """With dropout, which must fall alike in both forwards, and batch norm, which counts one."""
+    flags = ["--model", "deeplab", "--weights", "none", "--size", "32", "--batch-size", "2"]
+    flags += ["--dice", "--accumulate", "2", "--amp", "off", "--wandb", "disabled"]
+    line = ["--data", str(data), *flags, "--workers", "0", "--out", str(tmp_path / "run")]
+    run = Run(train.parse_args(line)[0], torch.device("cpu"), "none")
+    run.model.train()
+    seen, original = [], train.total_loss
+
+    def recorded(outputs, masks, weight, gamma, totals):
+        seen.append((train.total_dice_sums(outputs, masks), totals.dice))
+        return original(outputs, masks, weight, gamma, totals)
+
+    monkeypatch.setattr(train, "total_loss", recorded)
+    run.train_step(list(run.loader)[:2])
+    for _, totals in seen:
+        torch.testing.assert_close(totals, seen[0][0] + seen[1][0])
+    assert run.model.backbone.bn1.num_batches_tracked == 2
+
+
+def test_a_run_from_weights_freezes_its_norm_and_has_two_rates(data, tmp_path):
+    """With a fresh network in the place of COCO's weights."""
+    flags = ["--model", "deeplab", "--weights", "coco", "--size", "32", "--batch-size", "1"]
+    flags += ["--freeze-norm", "--head-lr", "5e-4", "--amp", "off", "--wandb", "disabled"]
+    line = ["--data", str(data), *flags, "--workers", "0", "--out", str(tmp_path / "run")]
+    run = Run(train.parse_args(line)[0], torch.device("cpu"), "none")
+    run.batches.steps = 2
+    run.loader = list(run.loader)[:2]
+    run.train_one_epoch()
+    assert not any(b.any() for n, b in run.model.named_buffers() if n.endswith("running_mean"))
+    rates = sorted({round(group["lr"], 9) for group in run.optimizer.param_groups})
+    assert rates[1] == pytest.approx(5 * rates[0])
+    run.out.mkdir()
+    run.epoch, run.batch = 1, 0
+    run.save("last.pt")
+    again, state = train.parse_args(["--resume", str(tmp_path / "run" / "last.pt")])
+    other = Run(again, torch.device("cpu"), "none")
+    other.batches.steps = 2
+    other.restore(state)
+    for mine, theirs in zip(run.optimizer.param_groups, other.optimizer.param_groups):
+        assert theirs["lr"] == mine["lr"]
+        for one, two in zip(mine["params"], theirs["params"]):
+            moments = [
+                o.state[p]["exp_avg"] for o, p in ((run.optimizer, one), (other.optimizer, two))
+            ]
+            assert torch.equal(*moments)
+
+
 def test_accumulate_through_the_command_line(data, tmp_path):
     out = tmp_path / "run"
     flags = ["--model", "unet", "--epochs", "1", "--accumulate", "2", "--out", str(out)]
