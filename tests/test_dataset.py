@@ -339,6 +339,8 @@ def test_a_share_of_the_crops_is_drawn_by_class(data, share):
         for other in ranks:
             other.set_epoch(epoch, start=1)
         assert sorted(k for other in ranks for b in other for k in b) == sorted(whole[4:])
+    count = len(drawn) // 4  # of an epoch
+    assert drawn[:count] != drawn[count : 2 * count]
     labels, images = np.array(drawn).T[::-1]
     counts = np.array([(labels == label).sum() for label in groups])
     assert np.abs(counts / len(labels) - 1 / len(groups)).max() < 0.05

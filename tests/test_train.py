@@ -25,6 +25,7 @@ import common
 import dataset
 import train
 from common import load_manifest
+from losses import class_weights
 from models import build_model, build_optimizer, load_checkpoint, save_checkpoint
 from train import Run
 
@@ -474,24 +475,37 @@ def test_accumulated_batches_give_the_step_of_the_whole(dice):
             torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-7)
 
 
-def test_dice_of_a_step_in_parts_is_that_of_its_forwards(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_dice_of_a_step_in_parts_is_that_of_its_forwards(data, tmp_path, monkeypatch, parts):
     """With dropout, which must fall alike in both forwards, and batch norm, which counts one."""
     flags = ["--model", "deeplab", "--weights", "none", "--size", "32", "--batch-size", "2"]
-    flags += ["--dice", "--accumulate", "2", "--amp", "off", "--wandb", "disabled"]
+    flags += ["--dice", "--accumulate", str(parts), "--amp", "off", "--wandb", "disabled"]
     line = ["--data", str(data), *flags, "--workers", "0", "--out", str(tmp_path / "run")]
     run = Run(train.parse_args(line)[0], torch.device("cpu"), "none")
     run.model.train()
-    seen, original = [], train.total_loss
+    seen, averaged, original = [], [], train.total_loss
 
     def recorded(outputs, masks, weight, gamma, totals):
         seen.append((train.total_dice_sums(outputs, masks), totals.dice))
         return original(outputs, masks, weight, gamma, totals)
 
     monkeypatch.setattr(train, "total_loss", recorded)
-    run.train_step(list(run.loader)[:2])
+    monkeypatch.setattr(train, "mean_over_ranks", lambda x: averaged.append(x.shape) or x)
+    run.train_step(list(run.loader)[:parts])
     for _, totals in seen:
-        torch.testing.assert_close(totals, seen[0][0] + seen[1][0])
-    assert run.model.backbone.bn1.num_batches_tracked == 2
+        torch.testing.assert_close(totals, sum(sums for sums, _ in seen))
+    assert run.model.backbone.bn1.num_batches_tracked == parts
+    assert averaged.count((2, 3, 5)) == 1
+
+
+def test_class_weights_are_of_the_pixels_that_are_drawn(data, tmp_path):
+    line = ["--data", data, *TINY, "--model", "unet", "--weighted", "--balance", 0.5]
+    args, _ = train.parse_args([*map(str, line), "--out", str(tmp_path / "run")])
+    run = Run(args, torch.device("cpu"), "none")
+    rows, _ = dataset.split_indices(run.manifest, args.seed, args.val_split)
+    expected = class_weights(dataset.drawn_pixels(run.manifest, rows, 0.5))
+    assert list(run.named_weights.values()) == pytest.approx(expected.tolist())
+    assert expected[4] < 0.9 * class_weights(run.manifest.pixels[rows].sum(axis=0))[4]
 
 
 def test_a_run_from_weights_freezes_its_norm_and_has_two_rates(data, tmp_path):
