@@ -1,6 +1,6 @@
 """Class-wise IoU of checkpoints on their validation images, and pictures of what they get wrong.
 
-    python evaluate.py --ckpt runs/unet/best.pt runs/deeplab/best.pt --json report.json --panels 6
+    python evaluate.py --ckpt runs/unet/best.pt runs/deeplab/best.pt --html report.html
 
 One confusion matrix over the whole split, at the native size of the masks; ignored pixels count
 nowhere; a class that no image holds has no IoU and enters no mean.
@@ -28,8 +28,17 @@ import metrics
 from common import Manifest, UserError, write_text
 from dataset import MOST_WORKERS, evaluation_loader, load_image, normalize, resized_size
 from metrics import ConfusionMatrix, percent, plain, scores
-from models import LARGEST_SIZE, amp_dtype, load_checkpoint, model_from_checkpoint, pick_device
-from report import Example, draw_panels
+from models import (
+    LARGEST_SIZE,
+    amp_dtype,
+    command_line,
+    load_checkpoint,
+    model_from_checkpoint,
+    pick_device,
+)
+from report import Example, Shown, draw_panels, figure, page
+
+GALLERY = 24  # images of a page, of all its checkpoints
 
 
 class Predictor(NamedTuple):
@@ -121,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
     add("--other-data", action="store_true", help="accept other masks than those trained on")
     add("--json", type=Path, metavar="FILE", help="write the report here too")
+    html = "write a page with tables, curves and pictures, for a browser"
+    add("--html", type=Path, metavar="FILE", help=html)
     add("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")
     add("--pick", default="worst", help="which: worst, best, random, or a class name")
@@ -205,6 +216,55 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     print(f"picture: {panels_path(subject.path)}")
 
 
+def show_subject(
+    subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
+) -> Shown:
+    """A checkpoint's part of the page."""
+    state, manifest = load_checkpoint(subject.path, mmap=True), subject.manifest
+    predictor = load_predictor(subject.path, device, args.amp, args.size)
+    chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
+    figures = []
+    for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
+        (example,) = predict_examples(predictor, manifest, subject.indices[[image]])
+        example = example._replace(caption=f"{why}: {example.caption}")
+        figures.append(figure(example, manifest.classes, manifest.colors, str(image)))
+    history = state.get("progress", {}).get("history", [])
+    tables = [origin_table(state, history), images_table(subject, state)]
+    return Shown(entry, history, manifest.colors, tables, figures)
+
+
+def origin_table(state: dict, history: list[dict]) -> metrics.Table:
+    """How a checkpoint came about."""
+    rows = [["", ""], *map(list, state.get("origin", {}).items())]
+    if history:
+        seconds = sum(line.get("seconds", 0) for line in history)
+        rows.append(["trained", f"{history[-1]['epoch']} epochs, {seconds:,.0f} s"])
+    arguments = {k: v for k, v in sorted(state["args"].items()) if v not in (None, False)}
+    rows.append(["arguments", ", ".join(f"{name} {value}" for name, value in arguments.items())])
+    return "How it was trained", rows
+
+
+def images_table(subject: Subject, state: dict) -> metrics.Table:
+    """Images and pixels of each class, of those that trained and those that were evaluated."""
+    manifest = subject.manifest
+    validated = {(split, str(id_)) for split, id_ in state["val_ids"]}
+    keys = map(tuple, manifest.keys(range(len(manifest))))
+    training = np.array([key not in validated for key in keys])
+    training &= state["fingerprint"] == manifest.fingerprint
+    sides = [manifest.pixels[training], manifest.pixels[subject.indices]]
+    names = ["training", subject.images]
+    rows = [["", *(f"{name}, {what}" for name in names for what in ("images", "pixels in %"))]]
+    for label, name in enumerate(manifest.classes):
+        cells = []
+        for pixels in sides:
+            share = pixels[:, label].sum() / max(1, pixels.sum())
+            cells += [f"{(pixels[:, label] > 0).sum():,}", f"{100 * share:.2f}"]
+        rows.append([name, *cells])
+    rows.append(["all", f"{training.sum():,}", "", f"{len(subject.indices):,}", ""])
+    split = state["args"].get("val_split") or "a part of the images"
+    return f"Images of {manifest.data}, of which {split} validated", rows
+
+
 def panels_path(path: str) -> Path:
     """Where the picture of a checkpoint goes."""
     return Path(path).with_name(Path(path).stem + "_panels.png")
@@ -213,7 +273,7 @@ def panels_path(path: str) -> Path:
 def check_outputs(args: argparse.Namespace) -> None:
     """Refuse, before the evaluation, what could not be written after it."""
     pictures = [panels_path(path) for path in args.ckpt] if args.panels else []
-    for file in [*filter(None, (args.json, args.markdown)), *pictures]:
+    for file in [*filter(None, (args.json, args.html, args.markdown)), *pictures]:
         if not file.parent.is_dir():
             raise UserError(f"no folder {file.parent} to write {file.name} to: make it first")
         if not os.access(file.parent, os.W_OK):
@@ -254,6 +314,12 @@ def main(argv: list[str] | None = None) -> None:
         write_text(args.markdown, "\n\n".join(map(metrics.as_markdown, tables)) + "\n")
     if args.json:
         write_text(args.json, json.dumps(entries, indent=1) + "\n")
+    if args.html:
+        shown = zip(subjects, entries, all_counts)
+        shown = [show_subject(*each, args, device) for each in shown]
+        winners = metrics.winners(all_counts) if intervals else []
+        write_text(args.html, page(shown, winners, command_line()))
+        print(f"page: {args.html}")
     for subject, counts in zip(subjects, all_counts):
         if args.panels:
             draw_subject(subject, counts, args, device)

@@ -165,6 +165,48 @@ def add_differences(entries: list[dict], all_counts: list[np.ndarray]) -> None:
                 entry["difference"][key] = {"value": value, "interval": interval, "p": p}
 
 
+def winners(all_counts: list[np.ndarray]) -> list[int | None]:
+    """For each class, and then each of `MEANS`, the number of the checkpoint whose IoU is above
+    those of all others, if the intervals of its paired differences to them exclude 0."""
+
+    def columns(found: dict[str, np.ndarray]) -> np.ndarray:
+        means = np.stack([found[key] for key in MEANS], axis=-1)
+        return np.concatenate([found["iou"], means], axis=-1)
+
+    values = np.stack([columns(scores(counts.sum(axis=0))) for counts in all_counts])
+    best = np.where(np.isnan(values), -1, values).argmax(axis=0)
+    held = [*((all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST), *[True] * len(MEANS)]
+    clear = np.array(held) & (len(all_counts) > 1) & ~np.isnan(values).any(axis=0)
+    others = np.empty((len(all_counts[0]), len(best)))  # of the best of each column
+    for number, counts in enumerate(all_counts):
+        others[:, best == number] = columns(leave_one_out(counts))[:, best == number]
+    for number, counts in enumerate(all_counts):
+        theirs = columns(leave_one_out(counts))
+        for column in np.flatnonzero(clear & (best != number)):
+            gain = values[best[column], column] - values[number, column]
+            low = jackknife(gain, others[:, column] - theirs[:, column])[0][0]
+            clear[column] = low > 0
+    return [int(number) if won else None for number, won in zip(best, clear)]
+
+
+def gallery(number: int, counts: np.ndarray, classes: list[str]) -> dict[int, str]:
+    """Up to `number` images of (N, 3, C) counts, each with what it was picked for, in turns: the
+    worst, random ones, and those that hold most of each of the four rarest classes."""
+    images = (counts[:, 1] > 0).sum(axis=0)
+    rare = sorted((label for label in range(1, len(classes)) if images[label]), key=images.take)
+    hows = {"worst": "worst", "random": "random"}
+    hows |= {classes[label]: f"most of {classes[label]}" for label in rare[:4]}
+    queues = {t: pick(how, len(counts), counts, classes).tolist() for how, t in hows.items()}
+    chosen = {}
+    while len(chosen) < number and any(queues.values()):
+        for title, queue in queues.items():
+            while queue and queue[0] in chosen:
+                queue.pop(0)
+            if queue and len(chosen) < number:
+                chosen[queue[0]] = title
+    return chosen
+
+
 def plain(value: np.ndarray) -> float | None:
     """A Python float, None for NaN."""
     return None if np.isnan(value) else float(value)

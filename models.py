@@ -7,12 +7,20 @@ Every model returns a dict: "out" always, "aux" (DeepLab's auxiliary head) in tr
 model is a class with the attributes of `UNet` and an entry in `MODELS`.
 """
 
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
@@ -249,6 +257,30 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def command_line() -> str:
+    """The command that runs, as one could type it again."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def origin(device: torch.device) -> dict[str, str]:
+    """How a run comes about: its command, the commit of these scripts, versions and the device."""
+    version = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(version, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        found = ""
+    name, cores = platform.processor() or platform.machine(), os.cpu_count()
+    if CPU_FLAGS.exists():
+        name = dict(re.findall(r"(.+?)\s*: (.+)", CPU_FLAGS.read_text())).get("model name", name)
+    on_gpu = device.type == "cuda"
+    return {
+        "command": command_line(),
+        "scripts": found or "of no known commit",
+        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{name}, {cores} cores",
+    }
+
+
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Autocast dtype, None for float32. "auto" is bf16 or else fp16 on a GPU, bf16 on a CPU that
     computes in it (Linux says which), else off."""
@@ -323,6 +355,13 @@ def check_state(state: dict) -> None:
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         if not isinstance(arguments.get(name), type_):
             raise ValueError(name)
+    for line in state.get("progress", {}).get("history", []):
+        numbers = [*map(line["val_iou"].get, classes), line["val_foreground_miou"]]
+        numbers += [line["train_loss"], line.get("val_loss"), line["lr"] + 0, line["epoch"] + 0]
+        if not all(0 <= (number or 0) < math.inf for number in numbers):
+            raise ValueError("history")
+    if not all(isinstance(words, str) for words in state.get("origin", {}).values()):
+        raise ValueError("origin")
     with torch.device("meta"):
         network = kind(len(classes), arguments["width"])
     expected = network.state_dict()

@@ -1,17 +1,93 @@
-"""What people look at: masks laid over images, and panels of what a model gets wrong."""
+"""What people look at: a page, training curves, and panels of what a model gets wrong.
 
+page([Shown(...), ...], winners, command)   # one HTML file, without scripts or other files
+curves(history, classes, colors)            # an SVG picture of a run's metrics.jsonl
+draw_panels(examples, classes, colors)      # rows of pictures, as one
+"""
+
+import base64
+import io
+import math
+import textwrap
+from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import metrics
 from common import IGNORE_COLOR, IGNORE_INDEX, color_mask
+from metrics import Table, percent, span
 
 OPACITY = 110  # of 255; outlines are opaque
 ERROR_COLOR = (220, 30, 30)
 PANEL, GAP = 320, 4  # a panel's width and largest height, and the space around it, in pixels
 TITLES = ("image", "ground truth", "prediction", "errors")
-WIDTH = len(TITLES) * (PANEL + GAP)
+WIDTH, KEYS = len(TITLES) * (PANEL + GAP), 8  # of the panels; entries of their legend in a row
+PICTURE = 400  # longest side of a picture of the page, in pixels
+MANY = 11  # of more classes, a chart names the best and the worst, a table stands row by row
+CHART, LEFT, RIGHT, TOP, BOTTOM = (440, 250), 50, 320, 34, 214  # a chart, and the edges of its plot
+
+COLORS = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #bbb; --bar: #0072b2; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #16181b; --line: #555; --bar: #56b4e9; } }
+.chart text { font: 12px sans-serif; fill: var(--ink); } .chart .title { font-weight: bold; }
+.chart .end { text-anchor: end; } .chart .middle { text-anchor: middle; }
+.chart line { stroke: var(--line); } .chart .best { stroke: var(--ink); stroke-dasharray: 3 3; }
+.chart polyline { fill: none; stroke-width: 1.6; } .chart .mean { stroke-width: 3.2; }
+.chart .unnamed { opacity: .35; }"""
+STYLE = """
+body { font: 15px/1.45 sans-serif; color: var(--ink); background: var(--paper); padding: 1em;
+  margin: 0 auto; max-width: 1340px; overflow-wrap: anywhere; }
+h2 { margin-top: 2em; border-top: 2px solid var(--line); padding-top: .8em; }
+table { border-collapse: collapse; margin: 1em 0; } thead th { vertical-align: bottom; }
+caption { text-align: left; font-weight: bold; width: max-content; max-width: calc(100vw - 3em); }
+th, td { padding: .25em .6em; border-bottom: 1px solid var(--line); text-align: right; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th:first-child { text-align: left; font-weight: normal; min-width: 6.5em; }
+.facts td { text-align: left; overflow-wrap: anywhere; } small { display: block; white-space: pre; }
+td b { font-weight: normal; } .winner b { font-weight: bold; } .winner b::after { content: " ★"; }
+.bar { display: block; width: 100%; min-width: 5em; height: 9px; stroke: var(--line); }
+.bar rect { fill: var(--bar); stroke: none; } .deep { color: #fff; }
+.heat th, .heat td { padding: .35em .4em; border: 1px solid var(--line); }
+.heat thead th + th { writing-mode: vertical-rl; text-align: left; max-height: 9em;
+  overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+.key { display: inline-block; margin: 0 1em 1em 0; }
+.key i { padding: 0 .45em; border: 1px solid var(--ink); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
+fieldset { border: 1px solid var(--line); margin: 0 0 1em; min-width: 0; break-inside: avoid; }
+figure { margin: 0; } figcaption { font-size: .85em; } label { display: none; }
+img { max-width: 100%; height: auto; max-height: 80vh; object-fit: contain; }
+.layers { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5em; }
+.wide { container-type: inline-size; } .many { max-width: 800px; }
+@media screen and (max-width: 800px) {
+  .layers { display: block; } figure, figcaption { display: none; } img { width: 100%; }
+  label { display: inline-block; margin: 0 .6em .4em 0; }
+  fieldset:has(label:nth-of-type(1) :checked) figure:nth-child(1),
+  fieldset:has(label:nth-of-type(2) :checked) figure:nth-child(2),
+  fieldset:has(label:nth-of-type(3) :checked) figure:nth-child(3),
+  fieldset:has(label:nth-of-type(4) :checked) figure:nth-child(4) { display: block; }
+  .heat { font-size: .75em; } .heat th, .heat td { padding: .3em .15em; min-width: 0; } }
+@container (max-width: 800px) {
+  table { width: 100%; } thead, td:empty { display: none; } th:first-child { font-weight: bold; }
+  td, th { border: 0; text-align: left; overflow-wrap: anywhere; } th { grid-column: 1 / -1; }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(8em, 1fr)); }
+  tr + tr { border-top: 2px solid var(--line); }
+  td::before { content: attr(data-name); display: block; font-size: .85em; } }"""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+class Shown(NamedTuple):
+    """What a page shows of a checkpoint: its `metrics.report`, the lines of metrics.jsonl, colours
+    of its classes, tables of how it came about, and `figures` as HTML."""
+
+    entry: dict
+    history: list[dict]
+    colors: list
+    facts: list[Table]
+    figures: list[str]
 
 
 class Example(NamedTuple):
@@ -21,6 +97,198 @@ class Example(NamedTuple):
     prediction: np.ndarray
     mask: np.ndarray
     caption: str
+
+
+def page(shown: list[Shown], winners: list[int | None], command: str) -> str:
+    """HTML in one file. `winners` are those of `metrics.winners`, `command` made the page."""
+    entries, classes = [each.entry for each in shown], shown[0].entry["classes"]
+    title, (head, *_) = metrics.comparison_table(entries)
+    rows, means = [], [*metrics.MEANS, "pixel_accuracy"]
+    for number, entry in enumerate(entries):
+        values = [*entry["iou"].values(), *(entry[key] for key in means)]
+        found = entry.get("interval", {"iou": {}})
+        spans = [*map(found["iou"].get, classes), *map(found.get, means)]
+        won = [winner == number for winner in winners or [None] * len(values)]
+        rows.append([entry["ckpt"], *map(_bar, values, spans, [*won, False])])
+    rows.append(["images with it", *map(str, entries[0]["images_with_class"].values())])
+    plural = "s" * (len(shown) > 1)
+    parts = [f"<h1>{len(shown)} checkpoint{plural} on {entries[0]['images']} images</h1>"]
+    parts.append(_table((title, [head, *rows]), "wide many" if len(classes) > MANY else "wide"))
+    if plural and winners:
+        parts.append("<p>\u2605: best, by the 95% intervals of its paired differences</p>")
+        parts.append(_table(metrics.difference_table(entries), "wide"))
+    parts += [_section(number, each) for number, each in enumerate(shown)]
+    parts.append(f"<h2>This page</h2><p>{_text(command)}</p>")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{COLORS}{STYLE}</style>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _section(number: int, shown: Shown) -> str:
+    entry, history, colors, facts, figures = shown
+    classes, parts = entry["classes"], [f"<h2>{_text(entry['ckpt'])}</h2>"]
+    if history:
+        view = f'viewBox="0 0 {CHART[0]} {CHART[1]}" role="img"'
+        drawn = charts(history, classes, colors).items()
+        drawn = (f'<svg class="chart" {view} aria-label="{k}">{v}</svg>' for k, v in drawn)
+        parts.append(f'<div class="charts">{"".join(drawn)}</div>')
+    parts += [_table(metrics.class_table(entry), "wide"), _heat(entry)]
+    parts += [_table(table, "facts" if len(table[1][0]) == 2 else "wide") for table in facts]
+    for name, color in _keys(classes, colors) if figures else []:
+        key = f'<i style="background: rgb{tuple(color)}"></i> {_text(name)}'
+        parts.append(f'<span class="key">{key}</span>')
+    return "\n".join(parts + [figure.replace("NUMBER", str(number)) for figure in figures])
+
+
+def _text(words: str, most: int = 10**6) -> str:
+    """Any words as HTML and XML can hold them; of too many letters the first."""
+    words = words if len(words) <= most else words[: most - 1] + "\u2026"
+    return escape("".join(c if c.isprintable() else "\ufffd" for c in words))
+
+
+def _table(table: Table, kind: str) -> str:
+    """A table whose cells are words, or pairs of attributes and HTML."""
+    title, (head, *rows) = table
+    lines = ["".join(f'<th scope="col">{_text(name)}</th>' for name in head), "</thead><tbody>"]
+    for name, *cells in rows:
+        line = [f'<tr><th scope="row">{_text(name)}</th>']
+        for column, cell in zip(head[1:], cells):
+            attributes, content = cell if isinstance(cell, tuple) else ("", _text(cell))
+            line.append(f'<td data-name="{_text(column)}"{attributes}>{content}</td>')
+        lines.append(f"{''.join(line)}</tr>")
+    lines = f"<caption>{_text(title)}</caption><thead>{''.join(lines)}</tbody>"
+    return f'<div class="{kind}"><table>{lines}</table></div>'
+
+
+def _bar(value: float | None, interval: list[float] | None, won: bool) -> tuple[str, str]:
+    """A cell: the value, its interval, and both on a scale from 0 to 1."""
+    if value is None:
+        return "", "-"
+    low, high = (100 * end for end in interval or (value, value))
+    drawing = '<path d="M0 4.5H100M0 1V8M100 1V8"/>'
+    drawing += f'<rect x="{low:.1f}" y="2" width="{high - low:.1f}" height="5" opacity=".5"/>'
+    drawing += f'<rect x="{100 * value - 0.8:.1f}" width="1.6" height="9"/>'
+    bar = f'<svg class="bar" viewBox="0 0 100 9" preserveAspectRatio="none">{drawing}</svg>'
+    content = f"<b>{percent(value)}</b>{bar}<small>{span(interval)}</small>"
+    return ' class="winner"' * won, content
+
+
+def _heat(entry: dict) -> str:
+    """The confusion matrix, the darker the larger a share of the true class; if large, a list."""
+    title, (head, *rows) = metrics.confusion_table(entry)
+    if len(entry["classes"]) > metrics.MATRIX_LABELS:
+        return _table((title, [head, *rows]), "wide")
+    for (truth, *cells), counts, row in zip(rows, entry["confusion"], rows):
+        for column, (cell, count) in enumerate(zip(cells, counts), start=1):
+            share = count / max(1, sum(counts))
+            look = f'style="background: color-mix(in srgb, #0072b2 {share:.0%}, transparent)"'
+            hover = _text(f"{truth} taken for {head[column]}: {count:,} pixels")
+            deep = ' class="deep"' * (share > 0.6)
+            row[column] = (f'{deep} {look} title="{hover}"', cell)
+    return _table((title, [head, *rows]), "heat")
+
+
+def figure(example: Example, classes: list[str], colors: list, name: str) -> str:
+    """HTML of an image's pictures: side by side, or on a narrow screen one that is chosen. `name`
+    is unique in its checkpoint."""
+    labels, layers, buttons = [None, example.mask, example.prediction, None], [], []
+    for title, seen, picture in zip(TITLES, labels, pictures(example, colors, PICTURE)):
+        picture.save(content := io.BytesIO(), "WEBP", quality=80)
+        source = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+        seen = [] if seen is None else np.unique(seen).tolist()
+        seen = ", ".join(classes[label] for label in seen if label < len(classes))
+        size = f'width="{picture.width}" height="{picture.height}"'
+        image = f'<img {size} alt="{_text(f"{title}: {seen}".strip(": "))}" src="{source}">'
+        layers.append(f"<figure>{image}<figcaption>{title}</figcaption></figure>")
+        button = f'<input type="radio" name="NUMBER-{name}"{" checked" * (title == TITLES[2])}>'
+        buttons.append(f"<label>{button} {title}</label>")
+    content = "".join([*buttons, '<div class="layers">', *layers, "</div>"])
+    return f"<fieldset><legend>{_text(example.caption)}</legend>{content}</fieldset>"
+
+
+def curves(history: list[dict], classes: list[str], colors: list) -> str:
+    """The three `charts` as one SVG picture, for a file of its own."""
+    drawn = enumerate(charts(history, classes, colors).values())
+    drawn = (f'<g transform="translate({i * CHART[0]})">{chart}</g>' for i, chart in drawn)
+    view = f'class="chart" viewBox="0 0 {3 * CHART[0]} {CHART[1]}"'
+    style = f"<style>{COLORS} svg {{ background: var(--paper); }}</style>"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {view}>{style}{"".join(drawn)}</svg>\n'
+
+
+def charts(history: list[dict], classes: list[str], colors: list) -> dict[str, str]:
+    """SVG of loss, learning rate and IoU by epoch, from lines of metrics.jsonl; the best epoch is
+    marked."""
+    paints = ["gray", *(f"rgb{tuple(color)}" for color in colors[1:])]
+    iou = [(n, [line["val_iou"].get(n) for line in history], p) for n, p in zip(classes, paints)]
+    keys = {"training": "train_loss", "validation": "val_loss", "": "lr"}
+    keys |= {"foreground": "val_foreground_miou"}
+    columns = [(n, [line.get(k) for line in history], "var(--ink)") for n, k in keys.items()]
+    epochs, means = [line["epoch"] for line in history], columns[3][1]
+    best = epochs[int(np.argmax([-1 if value is None else value for value in means]))]
+    drawn = {"loss": columns[:2], "learning rate": columns[2:3]}
+    drawn[f"IoU (best: epoch {best})"] = [columns[3], *iou]
+    return {title: _chart(title, series, epochs, best) for title, series in drawn.items()}
+
+
+def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str:
+    """One chart of series, each a name, a value or None per epoch, and a colour."""
+    known = [(n, [p for p in zip(epochs, v) if p[1] is not None], c) for n, v, c in series]
+    known, share = [one for one in known if one[1]], title.startswith("IoU")
+    last, highest = max(1, epochs[-1]), max((p[1] for _, ps, _ in known for p in ps), default=1)
+    ticks = _ticks(1 if share else highest or 1)
+
+    def place(epoch: float, value: float) -> tuple[float, float]:
+        y = BOTTOM + (TOP - BOTTOM) * value / ticks[-1]
+        return round(LEFT + (RIGHT - LEFT) * epoch / last, 1), round(y, 1)
+
+    def words(x: float, y: float, text: str, kind: str = "") -> str:
+        return f'<text class="{kind}" x="{x}" y="{y:.1f}">{text}</text>'
+
+    parts = [words(LEFT, 16, title, "title"), words(LEFT, BOTTOM + 33, "epoch")]
+    for tick in ticks:
+        y = place(0, tick)[1]
+        parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(words(LEFT - 6, y + 4, f"{tick:g}", "end"))
+    for tick in (tick for tick in _ticks(last) if tick == int(tick) <= last):
+        parts.append(words(place(tick, 0)[0], BOTTOM + 17, f"{tick:g}", "middle"))
+    x = place(best, 0)[0]
+    parts.append(f'<line class="best" x1="{x}" x2="{x}" y1="{TOP}" y2="{BOTTOM}"/>')
+    named = sorted(known[1:], key=lambda one: -one[1][-1][1])
+    named = known[:1] + (named if len(named) <= MANY else named[: MANY // 2] + named[-MANY // 2 :])
+    heights = _spread([place(*points[-1])[1] for _, points, _ in named])
+    for one in reversed(known):  # the first lies above the others
+        name, points, color = one
+        line = " ".join("{},{}".format(*place(*point)) for point in points)
+        kind = "mean" if one is known[0] else "" if one in named else "unnamed"
+        look = f'class="{kind}" stroke="{color}"'
+        parts.append(f'<polyline {look} points="{line}"><title>{_text(name)}</title></polyline>')
+        if one in named:
+            (x, y), height = place(*points[-1]), heights[named.index(one)]
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
+            label = _text(name, 14) + f" {100 * points[-1][1]:.1f}" * share
+            leader = f'<polyline stroke="{color}" points="{x},{y} {RIGHT + 15},{height}"/>'
+            parts.append((leader + words(RIGHT + 18, height + 4, label)) * bool(name))
+    return "".join(parts)
+
+
+def _ticks(high: float) -> list[float]:
+    """From 0 to `high` or a little more, in steps of 1, 2 or 5 times a power of 10."""
+    power = 10 ** math.floor(math.log10(high / 4))
+    step = max(power * factor for factor in (1, 2, 5) if 4 * power * factor <= high * 1.0001)
+    return [step * number for number in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def _spread(places: list[float], gap: float = 14) -> list[float]:
+    """The heights of labels, moved apart where they would collide, and into the plot."""
+    order, spread, low = np.argsort(places, kind="stable"), np.array(places), BOTTOM + gap
+    for one, other in pairwise(order):
+        spread[other] = max(spread[other], spread[one] + gap)
+    for one in reversed(order):
+        low = spread[one] = min(spread[one], low - gap)
+    return spread.tolist()
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
@@ -57,46 +325,45 @@ def draw_panels(examples: list[Example], classes: list[str], colors: list) -> Im
     return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
 
 
-def _strip(example: Example, colors: list) -> Image.Image:
-    """Drawn at the panel's size, so that an outline is as thin on a large image as on a small."""
-    scale = PANEL / max(example.image.size)
+def pictures(example: Example, colors: list, longest: int) -> list[Image.Image]:
+    """The four of `TITLES`. Drawn at their own size, so that an outline is as thin on a large image
+    as on a small."""
+    scale = longest / max(example.image.size)
     size = tuple(max(1, round(side * scale)) for side in example.image.size)
     image = example.image.resize(size)
     prediction, mask = (
         np.array(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
         for labels in (example.prediction, example.mask)
     )
-    pictures = [image, overlay(image, mask, colors), overlay(image, prediction, colors)]
-    pictures.append(errors(image, prediction, mask))
-    lines, font = [""], ImageFont.load_default(13)
-    for word in example.caption.split(" "):
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > WIDTH - 2 * GAP:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    strip = Image.new("RGB", (WIDTH, size[1] + 18 * len(lines) + 12), "white")
-    for column, picture in enumerate(pictures):
-        left = column * (PANEL + GAP) + GAP // 2 + (PANEL - size[0]) // 2  # portraits: centred
+    laid_over = [overlay(image, labels, colors) for labels in (mask, prediction)]
+    return [image, *laid_over, errors(image, prediction, mask)]
+
+
+def _strip(example: Example, colors: list) -> Image.Image:
+    drawn, lines = pictures(example, colors, PANEL), textwrap.wrap(example.caption, 160)
+    width, height = drawn[0].size
+    strip = Image.new("RGB", (WIDTH, height + 18 * len(lines) + 12), "white")
+    for column, picture in enumerate(drawn):
+        left = column * (PANEL + GAP) + GAP // 2 + (PANEL - width) // 2  # portraits: centred
         strip.paste(picture, (left, 2))
-    ImageDraw.Draw(strip).multiline_text((GAP, size[1] + 5), "\n".join(lines), "black", font)
+    font = ImageFont.load_default(13)
+    ImageDraw.Draw(strip).multiline_text((GAP, height + 5), "\n".join(lines), "black", font)
     return strip
 
 
 def _legend(classes: list[str], colors: list) -> Image.Image:
-    font = ImageFont.load_default(15)
-    entries = [*zip(classes[1:], colors[1:]), ("ignored", IGNORE_COLOR), ("wrong", ERROR_COLOR)]
-    x, y, places = 6, 6, []
-    for name, color in entries:
-        width = 34 + round(font.getlength(name))
-        if x > 6 and x + width > WIDTH:
-            x, y = 6, y + 26
-        places.append((x, y, name, color))
-        x += width
-    legend = Image.new("RGB", (WIDTH, y + 44), "white")
+    keys, font = _keys(classes, colors), ImageFont.load_default(15)
+    legend = Image.new("RGB", (WIDTH, 26 * math.ceil(len(keys) / KEYS) + 24), "white")
     draw = ImageDraw.Draw(legend)
-    for x, y, name, color in places:
+    for number, (name, color) in enumerate(keys):
+        x, y = number % KEYS * WIDTH // KEYS + 6, number // KEYS * 26 + 6
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(color), outline="black")
-        draw.text((x + 21, y), name, "black", font)
+        draw.text((x + 21, y), name[:18], "black", font)
     for column, title in enumerate(TITLES):
         x = column * (PANEL + GAP) + (PANEL - font.getlength(title)) / 2
         draw.text((x, legend.height - 20), title, "black", font)
     return legend
+
+
+def _keys(classes: list[str], colors: list) -> list[tuple]:
+    return [*zip(classes[1:], colors[1:]), ("ignored", IGNORE_COLOR), ("wrong", ERROR_COLOR)]

@@ -3,8 +3,9 @@
     python train.py --data data --model deeplab --focal --oversample 4
     python train.py --resume runs/deeplab-focal-oversample4/last.pt
 
-A run directory holds args.json, metrics.jsonl (one line per epoch), last.pt and best.pt (highest
-foreground mIoU). Ctrl-C saves and says how to go on.
+A run directory holds args.json, metrics.jsonl (one line per epoch) and curves.svg, which a browser
+shows while the run goes on, last.pt and best.pt (highest foreground mIoU). Ctrl-C saves and says
+how to go on.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from dataset import derive_seed, normalize
 from distributed import gather, mean_over_ranks, rank, world
 from evaluate import Predictor, evaluate, predict_examples
 from losses import Totals, class_weights, pixel_weights, total_dice_sums, total_loss
+from report import curves
 
 WARMUP = 0.03  # share of all steps
 LOG_EVERY = 20  # steps between two readings of the loss
@@ -74,6 +76,7 @@ class Run:
         self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -2.0, []
         self.loss_sum, self.checked_step = torch.zeros((), device=device), 0
         self.signal, self.wandb, self.wandb_id, self.told = None, None, None, time.monotonic()
+        self.origin = models.origin(device)
 
         self.manifest = manifest = common.load_manifest(args.data, args.coco_root)
         how = (args.seed, args.val_split, args.group)
@@ -140,7 +143,10 @@ class Run:
             best = Path(args.resume).with_name("best.pt")
             if best.exists():
                 shutil.copyfile(best, self.out / "best.pt")
-        write_text(self.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+        write_text(
+            self.out / "args.json",
+            json.dumps(vars(args) | {"origin": self.origin}, indent=1) + "\n",
+        )
         disabled = args.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled"
         if args.wandb != "disabled" and not disabled:
             computed = {"rare_classes": self.rare, "class_weights": self.named_weights}
@@ -322,6 +328,7 @@ class Run:
         if better:
             self.save("best.pt")
         self.save("last.pt")
+        self.draw_curves()
         say(summary(line, self.args.epochs, better))
         if self.wandb:
             # The same few images after each epoch: those that hold most of each class.
@@ -329,6 +336,15 @@ class Run:
             chosen = self.val_indices[np.unique(np.concatenate(picked))[:LOGGED_IMAGES]]
             examples = predict_examples(self.predictor, self.manifest, chosen)
             self.try_wandb(log_wandb, self.wandb, line, better, examples)
+
+    def draw_curves(self) -> None:
+        """Write curves.svg, which a browser shows while the run goes on."""
+        drawing = curves(self.history, self.manifest.classes, self.manifest.colors)
+        try:
+            if rank() == 0:
+                write_text(self.out / "curves.svg", drawing)
+        except UserError as error:
+            say(f"warning: {error}")
 
     def skipped_steps(self) -> int:
         """Steps that fp16's scaler left out for gradients that overflow; read from the device."""
@@ -357,6 +373,7 @@ class Run:
             "rare": self.rare,
             "wandb_id": self.wandb_id,
             "launch": distributed.launch(),
+            "origin": self.origin,
         }
         if name == "last.pt":
             state["optimizer"] = self.optimizer.state_dict()
@@ -392,6 +409,7 @@ class Run:
             setattr(self, name, state["progress"][name])
         self.loss_sum += state["progress"]["loss_sum"]
         self.checked_step, self.wandb_id = self.step, state["wandb_id"]
+        self.origin = state.get("origin", self.origin)
 
     def catch_signals(self) -> None:
         """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.

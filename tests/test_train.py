@@ -59,7 +59,7 @@ def test_every_model_with_every_loss(data, tmp_path, model, loss):
     state = load_checkpoint(out / "last.pt")
     assert (state["class_weights"] is not None) == ("weighted" in loss)
     assert len(state["val_ids"]) == 9
-    names = [".lock", "args.json", "best.pt", "last.pt", "metrics.jsonl"]
+    names = [".lock", "args.json", "best.pt", "curves.svg", "last.pt", "metrics.jsonl"]
     assert sorted(os.listdir(out)) == names
 
 

@@ -3,7 +3,8 @@
     python tools/demo.py --out demo
 
 Draws 400 scenes with people, cars, buses and dogs, annotates them in COCO's format, and runs
-prepare_masks.py, train.py and evaluate.py on them with the command lines that it prints.
+prepare_masks.py, train.py and evaluate.py on them with the command lines that it prints. The page
+that comes of it, report.html, has the tables, the curves and pictures.
 """
 
 import json
@@ -28,7 +29,8 @@ COMMANDS = [
     "train.py --data {out}/data --val-split val2017 --model unet --width 16 --size 64"
     " --oversample 6 --epochs {epochs} --batch-size 8 --lr 5e-3 --device cpu --wandb disabled"
     " --out {out}/runs/unet",
-    "evaluate.py --ckpt {out}/runs/unet/best.pt --json {out}/report.json --panels 6 --pick random",
+    "evaluate.py --ckpt {out}/runs/unet/best.pt --json {out}/report.json"
+    " --html {out}/report.html --panels 4 --pick random",
 ]
 TARGET = 0.6  # foreground mIoU that shows that the pipeline has learned
 
@@ -203,8 +205,9 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             return code if code > 0 else 128 - code  # as a shell reports a signal
     score = json.loads((args.out / "report.json").read_text())[0]["foreground_miou"]
-    picture = shutil.copy(args.out / "runs/unet/best_panels.png", args.out / "panels.png")
-    print(f"\n{time.perf_counter() - start:.0f} s in all, foreground mIoU {score:.3f}: {picture}")
+    shutil.copy(args.out / "runs/unet/best_panels.png", args.out / "panels.png")
+    print(f"\n{time.perf_counter() - start:.0f} s in all, foreground mIoU {score:.3f}")
+    print(f"open {args.out / 'report.html'}")
     if score < TARGET:
         print(f"demo.py: the foreground mIoU is below {TARGET}: train longer", file=sys.stderr)
     return int(score < TARGET)
