@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common
 import metrics
-from common import Manifest, UserError, write_text
+from common import IGNORE_INDEX, Manifest, UserError, write_text
 from dataset import MOST_WORKERS, evaluation_loader, load_image, normalize, resized_size
 from metrics import ConfusionMatrix, percent, plain, scores
 from models import (
@@ -71,21 +71,31 @@ class Predictor(NamedTuple):
             torch.maximum(best, values, out=best)
         return labels
 
+    def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """(2,) float32: cross entropy summed over the pixels that count, and the number of these.
+        The (H, W) mask is brought to the size of the (C, h, w) logits."""
+        h, w = resized_size(*mask.shape, self.size)
+        mask = F.interpolate(mask[None, None], size=(h, w), mode="nearest-exact")[0].long()
+        options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
+        loss = F.cross_entropy(logits[None, :, :h, :w].float(), mask, **options)
+        return torch.stack([loss, (mask != IGNORE_INDEX).sum().float()])
+
     def predict(self, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Index, labels and mask of every image, (H, W) uint8 at native size, on the device."""
+        """Index, (C, h, w) logits, and (H, W) uint8 mask of every image, on the device."""
         self.model.eval()
         for images, masks, indices in loader:
             masks = masks.to(self.device, non_blocking=True)
             for index, logits, mask in zip(indices, self.logits(images), masks):
                 height, width = loader.dataset.manifest.sizes[index].tolist()
-                yield index, self.labels(logits, height, width), mask[:height, :width]
+                yield index, logits, mask[:height, :width]
 
 
 @torch.inference_mode()
 def evaluate(
-    predictor: Predictor, loader: DataLoader, description: str, between: Callable = bool
+    predictor: Predictor, loader: DataLoader, description: str, between: Callable = bool, loss=False
 ) -> ConfusionMatrix:
-    """Pixel counts of the loader's images, in ascending order of their indices.
+    """Pixel counts of the loader's images, in ascending order of their indices; and the sums of
+    `Predictor.loss`, if it is wanted.
 
     The model is put into evaluation mode and left there. `between` is called after each image.
     """
@@ -94,8 +104,11 @@ def evaluate(
     confusion = ConfusionMatrix(len(indices), classes, predictor.device)
     options = {"total": len(indices), "unit": "image", "leave": False, "disable": None}
     seen = []
-    for index, labels, mask in tqdm(predictor.predict(loader), description, **options):
+    for index, logits, mask in tqdm(predictor.predict(loader), description, **options):
+        labels = predictor.labels(logits, *mask.shape)
         confusion.update(bisect_left(indices, index), labels, mask)
+        if loss:
+            confusion.loss += predictor.loss(logits, mask)
         seen.append(index)
         between()
     assert sorted(seen) == indices, f"{len(seen)} images evaluated, {len(indices)} expected"
@@ -107,7 +120,8 @@ def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[
     """A few images with their masks, their predictions, and captions with their own IoU."""
     examples = {}
     loader = evaluation_loader(manifest, indices, predictor.size, 1, workers=0)
-    for index, labels, mask in predictor.predict(loader):
+    for index, logits, mask in predictor.predict(loader):
+        labels = predictor.labels(logits, *mask.shape)
         confusion = ConfusionMatrix(1, len(manifest.classes), predictor.device)
         confusion.update(0, labels, mask)
         counts = confusion.counts[0].cpu().numpy()
@@ -146,13 +160,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Subject(NamedTuple):
-    """A checkpoint's path, its data, the ascending indices of the images to evaluate it on, and
-    which those are: validation, training or all."""
+    """A checkpoint's path, its data, the ascending indices of the images to evaluate it on, which
+    those are (validation, training or all), and how it came about (`models.origin`)."""
 
     path: str
     manifest: Manifest
     indices: np.ndarray
     images: str
+    origin: dict
 
 
 def find_subject(path: str, args: argparse.Namespace) -> Subject:
@@ -180,7 +195,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds no {images} images")
     if not manifest.pixels[held, 1:].any():
         print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
-    return Subject(path, manifest, np.flatnonzero(held), images)
+    return Subject(path, manifest, np.flatnonzero(held), images, state.get("origin", {}))
 
 
 def load_predictor(
@@ -229,13 +244,13 @@ def show_subject(
         example = example._replace(caption=f"{why}: {example.caption}")
         figures.append(figure(example, manifest.classes, manifest.colors, str(image)))
     history = state.get("progress", {}).get("history", [])
-    tables = [origin_table(state, history), images_table(subject, state)]
+    tables = [origin_table(subject, state, history), images_table(subject, state)]
     return Shown(entry, history, manifest.colors, tables, figures)
 
 
-def origin_table(state: dict, history: list[dict]) -> metrics.Table:
+def origin_table(subject: Subject, state: dict, history: list[dict]) -> metrics.Table:
     """How a checkpoint came about."""
-    rows = [["", ""], *map(list, state.get("origin", {}).items())]
+    rows = [["", ""], *map(list, subject.origin.items())]
     if history:
         seconds = sum(line.get("seconds", 0) for line in history)
         rows.append(["trained", f"{history[-1]['epoch']} epochs, {seconds:,.0f} s"])
@@ -303,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         confusion = evaluate_subject(subject, args, device)
         classes = subject.manifest.classes
         entries.append(metrics.report(subject.path, classes, confusion, intervals, subject.images))
+        entries[-1]["origin"] = subject.origin
         all_counts.append(confusion.counts.cpu().numpy())
     if intervals:
         metrics.add_differences(entries, all_counts)

@@ -24,7 +24,8 @@ Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the f
 
 class ConfusionMatrix:
     """Pixel counts by (truth, prediction), int64, on the device: one matrix of all images, `total`
-    (C, C), and `counts` (images, 3, C) of each: hits, truth and prediction by class.
+    (C, C), and `counts` (images, 3, C) of each: hits, truth and prediction by class. `loss` is for
+    whoever sums one up, with the number of its pixels.
 
     `update` reads nothing back: ignored pixels go to a bin of their own instead of being selected
     away, and scatter_add_, unlike bincount, need not know the largest index.
@@ -34,6 +35,7 @@ class ConfusionMatrix:
         self.classes = classes
         self.total = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         self.counts = torch.zeros(images, 3, classes, dtype=torch.int64, device=device)
+        self.loss = torch.zeros(2, device=device)
         self.one = torch.ones(1, dtype=torch.int64, device=device)
 
     def update(self, image: int, prediction: Tensor, mask: Tensor) -> None:

@@ -223,7 +223,7 @@ def charts(history: list[dict], classes: list[str], colors: list) -> dict[str, s
     marked."""
     paints = ["gray", *(f"rgb{tuple(color)}" for color in colors[1:])]
     iou = [(n, [line["val_iou"].get(n) for line in history], p) for n, p in zip(classes, paints)]
-    keys = {"training": "train_loss", "validation": "val_loss", "": "lr"}
+    keys = {"training": "train_loss", "validation CE": "val_loss", "": "lr"}
     keys |= {"foreground": "val_foreground_miou"}
     columns = [(n, [line.get(k) for line in history], "var(--ink)") for n, k in keys.items()]
     epochs, means = [line["epoch"] for line in history], columns[3][1]

@@ -40,6 +40,7 @@ from losses import Totals, class_weights, pixel_weights, total_dice_sums, total_
 from report import curves
 
 WARMUP = 0.03  # share of all steps
+TIMED = 3  # steps after which a CPU's time per epoch is told
 LOG_EVERY = 20  # steps between two readings of the loss
 MUCH_WAITING = 0.2  # share of an epoch that a GPU may wait for data before the user hears of it
 LITTLE = 0.01  # foreground mIoU of a network that has learnt only the background
@@ -76,7 +77,7 @@ class Run:
         self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -2.0, []
         self.loss_sum, self.checked_step = torch.zeros((), device=device), 0
         self.signal, self.wandb, self.wandb_id, self.told = None, None, None, time.monotonic()
-        self.origin = models.origin(device)
+        self.origin, self.told_duration = models.origin(device), False
 
         self.manifest = manifest = common.load_manifest(args.data, args.coco_root)
         how = (args.seed, args.val_split, args.group)
@@ -166,7 +167,7 @@ class Run:
         where = f": {best}" if best.exists() else ""
         say(f"best foreground mIoU {100 * max(self.best, 0):.1f}{where}")
         if 0 <= self.best < LITTLE:
-            remedy = "--dice --balance 0.5, more --epochs, or another --lr"
+            remedy = "--dice --balance 0.5 --weighted, more --epochs, or another --lr"
             say(f"that is background and little else: try {remedy} (README: Little data)")
 
     def batches_timed(self) -> Iterator[list[Tensor]]:
@@ -197,8 +198,10 @@ class Run:
             self.loss_sum += self.train_step(parts)
             self.step, self.batch, parts = self.step + 1, self.batch + 1, []
             bar.update()
+            if self.batch == first + TIMED and self.device.type == "cpu":
+                self.tell_duration((time.perf_counter() - started) / TIMED)
             if self.batch % LOG_EVERY == 0:
-                self.tell_loss(bar)
+                self.tell_loss(bar, time.perf_counter() - started, self.batch - first)
             self.check_signal()
             if time.perf_counter() - saved >= 60 * args.save_every:
                 self.save("last.pt")
@@ -278,10 +281,24 @@ class Run:
             kept = f"; {last} is of before" if last.exists() else ""
             raise UserError(f"{what} {steps}: lower --lr or try --amp off{kept}")
 
-    def tell_loss(self, bar: tqdm) -> None:
-        """The loss for the bar, and where there is none a line each half minute; for W&B too."""
-        loss = self.mean_loss()
-        bar.set_postfix(loss=f"{loss:.4f}")
+    def tell_duration(self, seconds: float) -> None:
+        """How long a CPU will take, from the seconds of a step: once, before it is waited for."""
+        if self.told_duration:
+            return
+        self.told_duration, steps = True, self.batches.steps
+        hours = seconds * steps / 3600
+        left = hours * (self.args.epochs - self.epoch)
+        say(f"about {60 * hours:.0f} minutes per epoch on this CPU, {left:.1f} hours in all")
+        if hours > 1:
+            say("lower --size and --batch-size (128 and 4), or take --model unet --width 16")
+
+    def tell_loss(self, bar: tqdm, seconds: float, steps: int) -> None:
+        """The loss and the time left of the run for the bar, of which `steps` took these seconds,
+        and where there is none a line each half minute; for W&B too."""
+        loss, per_epoch = self.mean_loss(), seconds / steps * self.batches.steps
+        per_epoch = max(per_epoch, self.history[-1]["seconds"] if self.epoch else 0)
+        left = (self.args.epochs - self.epoch - self.batch / self.batches.steps) * per_epoch
+        bar.set_postfix(loss=f"{loss:.4f}", run_ends_in=tqdm.format_interval(left))
         if bar.disable and time.monotonic() - self.told > TELL_EVERY:
             step = f"step {self.batch}/{self.batches.steps}"
             say(f"epoch {self.epoch + 1}/{self.args.epochs}: {step}, loss {loss:.4f}")
@@ -300,7 +317,9 @@ class Run:
         self.save("last.pt")  # whatever ends the validation, the epoch is done
         distributed.share_buffers(self.model)
         torch.backends.cudnn.benchmark = False
-        confusion = evaluate(self.predictor, self.val_loader, "validate", self.check_signal)
+        between = self.check_signal
+        confusion = evaluate(self.predictor, self.val_loader, "validate", between, loss=True)
+        loss, pixels = mean_over_ranks(confusion.loss.clone()).tolist()
         counts = gather(confusion.counts, len(self.val_indices)).cpu().numpy()
         found = metrics.scores(counts.sum(axis=0))
         classes = self.manifest.classes
@@ -311,6 +330,7 @@ class Run:
             "epoch": self.epoch,
             "step": self.step,
             "train_loss": trained.get("train_loss"),
+            "val_loss": loss / pixels if pixels else None,
             "val_iou": dict(zip(classes, map(metrics.plain, found["iou"]))),
             "val_miou": metrics.plain(found["miou"]),
             "val_foreground_miou": metrics.plain(found["foreground_miou"]),
@@ -480,7 +500,7 @@ def log_wandb(run, line: dict, better: bool, examples: list) -> None:
 
     names = ("train_loss", "lr", "images_per_second", "data_wait", "skipped_steps")
     values = {f"train/{name.removeprefix('train_')}": line.get(name) for name in names}
-    values |= {"val/miou": line["val_miou"], "val/foreground_miou": line["val_foreground_miou"]}
+    values |= {f"val/{name}": line[f"val_{name}"] for name in ("loss", "miou", "foreground_miou")}
     values |= {f"val_iou/{name}": iou for name, iou in line["val_iou"].items()}
     values = {name: value for name, value in values.items() if value is not None}
     if better:

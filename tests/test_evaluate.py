@@ -1,6 +1,7 @@
 """The evaluation of real checkpoints: native size, any batch size, report, picture, refusals."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_class_by_class_is_the_same_as_all_at_once(classes, height, width, size,
     by_class = Predictor(None, size, CPU).labels(logits, height, width)
     assert by_class.dtype == torch.uint8
     assert torch.equal(at_once.to(torch.uint8), by_class)
+
+
+def test_the_loss_is_the_mean_over_pixels_that_count():
+    """At the size of the network: a picture of 32 x 16 pixels at size 8 is 16 x 8, padded to 16."""
+    logits = torch.zeros(2, 32, 32)
+    logits[1, :16, :8] = math.log(3)  # probabilities 1/4 and 3/4
+    logits[:, 16:] = logits[:, :, 8:] = 99 * torch.randn(2, 1, 1)  # padding, cut off
+    mask = torch.full((32, 16), 255, dtype=torch.uint8)
+    mask[:8, :8], mask[8:16, 8:] = 0, 1  # 4 x 4 pixels of each at size 8
+    total, pixels = Predictor(None, 8, CPU).loss(logits, mask).tolist()
+    assert pixels == 32
+    assert total == pytest.approx(16 * math.log(4) + 16 * math.log(4 / 3))
 
 
 def test_a_tie_is_the_lowest_label():

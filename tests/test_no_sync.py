@@ -96,8 +96,10 @@ def on_fake_cuda(model):
 
 def evaluation_step(model, device, images, masks):
     confusion = ConfusionMatrix(2, len(CLASSES), torch.device(device))
-    for row, labels, mask in Predictor(model, 32, images.device).predict(a_loader(images, masks)):
-        confusion.update(row, labels, mask)
+    predictor = Predictor(model, 32, images.device)
+    for row, logits, mask in predictor.predict(a_loader(images, masks)):
+        confusion.update(row, predictor.labels(logits, *mask.shape), mask)
+        confusion.loss += predictor.loss(logits, mask)
     return confusion
 
 

@@ -81,7 +81,8 @@ def test_equals_evaluation(data, coco, lively, tmp_path, batch_size):
     seen = set()
     with torch.inference_mode():
         predictor = Predictor(model_from_checkpoint(state, CPU), state["args"]["size"], CPU)
-        for row, labels, _ in predictor.predict(loader):
+        for row, logits, mask in predictor.predict(loader):
+            labels = predictor.labels(logits, *mask.shape)
             stem = os.path.splitext(os.path.basename(manifest.files[row]))[0]
             np.testing.assert_array_equal(masks[stem], labels.numpy())
             seen.add(stem)

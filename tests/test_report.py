@@ -13,6 +13,7 @@ from PIL import Image
 
 import evaluate
 import metrics
+import models
 import report
 from common import class_colors
 from models import load_checkpoint
@@ -170,9 +171,14 @@ def test_a_run_draws_its_curves(data, tmp_path, monkeypatch, capsys):
     assert "2" in texts
     (run / "curves.svg").unlink()
     (run / "curves.svg").mkdir()
+    began = load_checkpoint(run / "last.pt")["origin"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--resume"])
     train.main(["--resume", str(run), "--epochs", "3"])
     assert "warning: cannot write" in capsys.readouterr().out
-    assert load_checkpoint(run / "last.pt")["progress"]["epoch"] == 3
+    state = load_checkpoint(run / "last.pt")
+    assert state["progress"]["epoch"] == 3
+    assert state["origin"] == began == json.loads((run / "args.json").read_text())["origin"]
+    assert models.origin(torch.device("cpu"))["command"] == "python train.py --resume"
 
 
 def test_html(checkpoint, data, tmp_path, refused):

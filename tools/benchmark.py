@@ -7,7 +7,8 @@
     python tools/benchmark.py loss --classes 5 81
     python tools/benchmark.py metric --classes 5 21
 
-Every run is a process of its own, and all take turns. Let nothing else run meanwhile.
+Every run is a process of its own, and all take turns. Let nothing else run meanwhile. A GPU is
+waited for before the clock is read.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def alone(function: Callable, *arguments: object) -> list[float]:
 
 
 def measure(stage: Callable[..., Iterator[int]], *arguments: object) -> list[float]:
-    """Items per second and seconds of a stage, peak MB of this process and its largest child."""
+    """Items per second and seconds of a stage, peak MB: of this process, its child, a GPU."""
     sys.stdout = None  # what the stage prints
     work = stage(*arguments)
     items, start = next(work), time.perf_counter()
@@ -49,7 +50,11 @@ def measure(stage: Callable[..., Iterator[int]], *arguments: object) -> list[flo
     seconds = time.perf_counter() - start
     usage = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     megabyte = 2**10 if sys.platform == "linux" else 2**20  # of ru_maxrss
-    return [items / seconds, seconds, *(each.ru_maxrss / megabyte for each in usage)]
+    memory = [each.ru_maxrss / megabyte for each in usage]
+    torch = sys.modules.get("torch")
+    on_gpu = torch and torch.cuda.is_initialized()
+    memory.append(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0)
+    return [items / seconds, seconds, *memory]
 
 
 def repeat_images(coco_root: Path, split: str, count: int, root: Path) -> None:
@@ -109,6 +114,22 @@ def index(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
         found = coco.read_index(source)
         classes = coco.choose_classes(prepare_masks.CLASSES, [found])
         assert len(coco.split_tasks(found, root, classes, coco.Skipped(), {})) == count
+
+
+def square(args: argparse.Namespace) -> None:
+    """Prepare 200 of the images, and their masks, as squares of `--side` pixels."""
+    sys.stdout = None  # of prepare_masks.py
+    manifest, root = common.load_manifest(args.data), Path(args.work, "square")
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for index in range(min(len(manifest), 200)):
+        image = Image.open(manifest.root / manifest.files[index]).convert("RGB")
+        image = image.resize((args.side, args.side), Image.Resampling.BICUBIC)
+        image.save(root / "images" / f"{index}.jpg", quality=95)
+        mask = Image.open(manifest.data / "masks_raw" / manifest.masks[index])
+        mask.resize(image.size, Image.Resampling.NEAREST).save(root / "masks" / f"{index}.png")
+    line = ["--masks", root / "masks", "--images-dir", root / "images", "--out", root / "data"]
+    prepare_masks.main([*map(str, line), "--classes", *manifest.classes[1:]])
 
 
 def sample(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
@@ -269,6 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
     many = "masks, index: how many to make of them"
     add("--images", type=int, nargs="+", default=[5000], help=many)
     add("--data", default="data", help="sample, step: prepared masks")
+    add("--side", type=int, help="sample: make the pictures squares of so many pixels")
     add("--model", default="unet", help="step: network")
     add("--width", type=int, default=64, help="step: of the U-Net")
     add("--batch-size", type=int, default=8, help="step, loss: images")
@@ -289,20 +311,27 @@ def main(argv: list[str] | None = None) -> None:
     stage, item, flag, script, varied = STAGES[args.stage]
     ours = [f"{script} --{varied} {x}" for x in getattr(args, varied)] if varied else [script]
     heads, repeats = ["seconds", f"{item}s/s", f"ms/{item}", "ratio"], range(args.repeats)
-    heads += ["parent MB", "worker MB"] if stage in (masks, index, loss) else []
+    memory = ["parent MB", "worker MB"] if stage in (masks, index, loss) else []
     found = []
     with tempfile.TemporaryDirectory() as args.work:
+        if stage is sample and args.side:
+            alone(square, args)
+            args.data = str(Path(args.work, "square", "data"))
         for value in getattr(args, flag):
             methods = ["baseline", *ours]
             if stage in (masks, index):
                 alone(repeat_images, args.coco_root, args.split, value, Path(args.work, str(value)))
             runs = [[alone(measure, stage, m, value, args) for m in methods] for _ in repeats]
-            rate, seconds, parent, worker = np.median(runs, axis=0).T
-            columns = [seconds, rate, 1000 / rate, rate / rate[0], parent, worker]
-            print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in heads))
-            for method, *figures in zip(methods, *columns[: len(heads)]):
+            rate, seconds, *peaks = np.median(runs, axis=0).T
+            columns = dict(zip(heads, [seconds, rate, 1000 / rate, rate / rate[0]]))
+            peaks = dict(zip(["parent MB", "worker MB", "GPU MB"], peaks))
+            columns |= {
+                k: peak for k, peak in peaks.items() if k in memory or peaks["GPU MB"].any()
+            }
+            print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in columns))
+            for method, *figures in zip(methods, *columns.values()):
                 print(method.ljust(28), *(f"{figure:>11.2f}" for figure in figures), flush=True)
-                found.append({flag: value, "method": method, **dict(zip(heads, figures))})
+                found.append({flag: value, "method": method, **dict(zip(columns, figures))})
     if args.json:
         common.write_text(args.json, json.dumps({"arguments": sys.argv[1:], "rows": found}))
 

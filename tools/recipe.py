@@ -29,7 +29,7 @@ import models
 import train
 from evaluate import evaluate
 
-RECIPE = "--dice --balance 0.5"
+RECIPE = "--dice --balance 0.5 --weighted"
 VALIDATIONS = 10
 
 
