@@ -8,6 +8,7 @@ nowhere; a class that no image holds has no IoU and enters no mean.
 
 import argparse
 import json
+import math
 import os
 import sys
 from bisect import bisect_left
@@ -42,21 +43,44 @@ GALLERY = 24  # images of a page, of all its checkpoints
 
 
 class Predictor(NamedTuple):
-    """A network and how it is run: at which `size`, on which device, in which autocast dtype."""
+    """A network and how it is run: at which `size`, on which device, in which autocast dtype, and
+    whether of the mirror image as well (`flip`)."""
 
     model: nn.Module
     size: int
     device: torch.device
     dtype: torch.dtype | None = None
+    flip: bool = False
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images."""
-        images = normalize(images.to(self.device, non_blocking=True))
+    def logits(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """(N, C, h, w) logits, on the device, of padded (N, 3, h, w) uint8 images, whose native
+        height and width are the `sizes`. With `flip`, the probabilities are the mean of those of
+        picture and mirror image, and the logits their logarithms."""
+        images = images.to(self.device, non_blocking=True)
+        if not self.flip:
+            return self.run(images)
+        widths = [resized_size(*size, self.size)[1] for size in sizes]
+
+        def mirrored(batch: Tensor) -> Tensor:  # but for the padding, which stays to the right
+            pairs = ((x[..., :w].flip(-1), x[..., w:]) for x, w in zip(batch, widths))
+            return torch.stack([torch.cat(pair, dim=-1) for pair in pairs])
+
+        both = torch.stack([self.run(images), mirrored(self.run(mirrored(images)))])
+        return both.float().log_softmax(dim=2).logsumexp(dim=0) - math.log(2)
+
+    def run(self, images: Tensor) -> Tensor:
+        """The network's own logits of (N, 3, h, w) uint8 images on the device."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.model(images)["out"]
+            return self.model(normalize(images))["out"]
 
     def labels(self, logits: Tensor, height: int, width: int) -> Tensor:
-        """(H, W) uint8 labels of an image of that native size from its (C, h, w) logits.
+        """(H, W) uint8 labels of an image of that native size from its (C, h, w) logits."""
+        return self.labels_and_probability(logits, height, width, False)[0]
+
+    def labels_and_probability(
+        self, logits: Tensor, height: int, width: int, wanted: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """(H, W) uint8 labels, and (H, W) float32 their probabilities, if `wanted`.
 
         The padding is cut off, and the logits, not the labels, are brought to the native size:
         class by class, so that those of all classes never exist at once. Of equal logits the lowest
@@ -65,11 +89,14 @@ class Predictor(NamedTuple):
         h, w = resized_size(height, width, self.size)
         labels = torch.zeros(height, width, dtype=torch.uint8, device=logits.device)
         best = torch.full(labels.shape, -torch.inf, device=logits.device)
+        total = best.clone() if wanted else None  # log of the sum of exp(logits)
         for label, values in enumerate(logits[:, None, None, :h, :w].float()):
             values = F.interpolate(values, size=(height, width), mode="bilinear")[0, 0]
             labels.masked_fill_(values > best, label)
             torch.maximum(best, values, out=best)
-        return labels
+            if wanted:
+                torch.logaddexp(total, values, out=total)
+        return labels, (best - total).exp() if wanted else None
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """(2,) float32: cross entropy summed over the pixels that count, and the number of these.
@@ -85,8 +112,9 @@ class Predictor(NamedTuple):
         self.model.eval()
         for images, masks, indices in loader:
             masks = masks.to(self.device, non_blocking=True)
-            for index, logits, mask in zip(indices, self.logits(images), masks):
-                height, width = loader.dataset.manifest.sizes[index].tolist()
+            sizes = loader.dataset.manifest.sizes[indices].tolist()
+            items = zip(indices, self.logits(images, sizes), masks, sizes)
+            for index, logits, mask, (height, width) in items:
                 yield index, logits, mask[:height, :width]
 
 
@@ -152,6 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-intervals", action="store_true", help="no 95%% intervals over images")
     add("--batch-size", type=int, default=8, help="images at once")
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
+    add("--flip", action="store_true", help="average with what the mirror image gives")
     add("--size", type=int, help="short side of the images (default: as in training)")
     amp = "autocast (default: as in training)"
     add("--amp", choices=["auto", "off", "bf16", "fp16"], help=amp)
@@ -199,19 +228,19 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
 
 
 def load_predictor(
-    path: str, device: torch.device, amp: str | None = None, size: int | None = None
+    path: str, device: torch.device, amp: str | None = None, size: int | None = None, flip=False
 ) -> Predictor:
     """The network of a checkpoint, in size and precision as trained, unless told."""
     state = load_checkpoint(path, mmap=True)
     trained = state["args"]["amp"]
     trained = "off" if trained == "fp16" and device.type == "cpu" else trained
     model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
-    return Predictor(model, size, device, amp_dtype(amp or trained, device))
+    return Predictor(model, size, device, amp_dtype(amp or trained, device), flip)
 
 
 def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
     """The pixel counts of a checkpoint."""
-    predictor = load_predictor(subject.path, device, args.amp, args.size)
+    predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
     loading = (predictor.size, args.batch_size, args.workers)
     loader = evaluation_loader(subject.manifest, subject.indices, *loading)
     return evaluate(predictor, loader, subject.path)
@@ -224,7 +253,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    predictor = load_predictor(subject.path, device, args.amp, args.size)
+    predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
     examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
@@ -236,7 +265,7 @@ def show_subject(
 ) -> Shown:
     """A checkpoint's part of the page."""
     state, manifest = load_checkpoint(subject.path, mmap=True), subject.manifest
-    predictor = load_predictor(subject.path, device, args.amp, args.size)
+    predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
     figures = []
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
@@ -318,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
         confusion = evaluate_subject(subject, args, device)
         classes = subject.manifest.classes
         entries.append(metrics.report(subject.path, classes, confusion, intervals, subject.images))
-        entries[-1]["origin"] = subject.origin
+        entries[-1] |= {"origin": subject.origin, "flip": args.flip}
         all_counts.append(confusion.counts.cpu().numpy())
     if intervals:
         metrics.add_differences(entries, all_counts)

@@ -249,7 +249,8 @@ def comparison_table(entries: list[dict]) -> Table:
             rows.append(["", *map(span, pairs), ""])
     rows.append(["images with it", *map(str, first["images_with_class"].values()), "", "", ""])
     note = "; below each its 95% interval over images" if "interval" in first else ""
-    return f"IoU in % on {first['images']} {first['evaluated_on']} images{note}", rows
+    flip = ", with their mirror images" if first.get("flip") else ""
+    return f"IoU in % on {first['images']} {first['evaluated_on']} images{flip}{note}", rows
 
 
 def difference_table(entries: list[dict]) -> Table:
@@ -276,7 +277,8 @@ def class_table(entry: dict) -> Table:
     rows.append(["pixel accuracy", percent(entry["pixel_accuracy"]), "", "", "", ""])
     for name, pixels in entry["false_positives"].items():
         rows.append([f"{name}: {pixels} pixels, though no image holds it", *[""] * 5])
-    return f"{entry['ckpt']} on {entry['images']} {entry['evaluated_on']} images, in %", rows
+    flip = ", with their mirror images" if entry.get("flip") else ""
+    return f"{entry['ckpt']} on {entry['images']} {entry['evaluated_on']} images{flip}, in %", rows
 
 
 def confusion_table(entry: dict) -> Table:

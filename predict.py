@@ -3,9 +3,9 @@
     python predict.py --ckpt runs/deeplab/best.pt --images photos "more/**/*.jpg" --out predictions
 
 Each image gives predictions/masks_raw/<stem>.png (labels), masks_colored/<stem>.png and
-overlays/<stem>.jpg, in the size of the picture: as a viewer shows it, turned by EXIF, where those
-of the training were, else as stored. A file that is not an image, or whose stem another image has
-taken, is named and skipped; the exit code is then 1.
+overlays/<stem>.jpg, and probabilities/<stem>.png if asked for, in the size of the picture: as a
+viewer shows it, turned by EXIF, where those of the training were, else as stored. A file that is
+not an image, or whose stem another image has taken, is named and skipped; the exit code is then 1.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from models import load_checkpoint, pick_device
 from report import overlay
 
 OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
+PROBABILITIES = {"probabilities": ".png"}  # of the labels: 1 to 255 for 1/255 to 1
 LONGEST_JPEG = 65_500  # pixels per side
 
 
@@ -88,19 +89,31 @@ def batches(
 
 
 @torch.inference_mode()
-def predict_labels(predictor: Predictor, images: list[Image.Image]) -> Iterator[np.ndarray]:
-    """(H, W) uint8 labels of each image, RGB of one padded size: those that evaluate.py gives."""
+def predict_labels(
+    predictor: Predictor, images: list[Image.Image], probabilities: bool
+) -> Iterator[list[np.ndarray]]:
+    """(H, W) uint8 labels of each image, RGB of one padded size: those that evaluate.py gives; and
+    their `probabilities`, if wanted, (H, W) uint8 in 255ths."""
     inputs = [evaluation_input(to_tensor(image), predictor.size) for image in images]
-    for image, logits in zip(images, predictor.logits(torch.stack(inputs))):
-        yield predictor.labels(logits, image.height, image.width).cpu().numpy()
+    sizes = [(image.height, image.width) for image in images]
+    for logits, size in zip(predictor.logits(torch.stack(inputs), sizes), sizes):
+        labels, probability = predictor.labels_and_probability(logits, *size, probabilities)
+        found = [labels]
+        if probabilities:
+            found.append((255 * probability).round().clamp(1, 255).byte())
+        yield [tensor.cpu().numpy() for tensor in found]
 
 
-def write_outputs(out: Path, colors: list, item: tuple[Path, Image.Image], labels: np.ndarray):
-    """Write mask, coloured mask and overlay of an image, from (H, W) uint8 labels."""
-    path, image = item
+def write_outputs(
+    out: Path, colors: list, shown: list[bool], item: tuple[Path, Image.Image], found: list
+) -> None:
+    """Write mask, coloured mask and overlay of an image, and what else was `found`, from (H, W)
+    uint8 labels. Those that are not `shown` become background."""
+    (path, image), (labels, *probability) = item, found
+    labels = labels if all(shown) else labels * np.array(shown)[labels]
     pictures = [Image.fromarray(labels), common.color_mask(labels, colors)]
-    pictures.append(overlay(image, labels, colors))
-    for (folder, suffix), picture in zip(OUTPUTS.items(), pictures):
+    pictures += [overlay(image, labels, colors), *map(Image.fromarray, probability)]
+    for (folder, suffix), picture in zip((OUTPUTS | PROBABILITIES).items(), pictures):
         common.write_image(out / folder / (path.stem + suffix), picture)
 
 
@@ -112,6 +125,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", required=True, metavar="PATH", help="checkpoint")
     add("--images", required=True, nargs="+", metavar="FILE_OR_FOLDER", help=images)
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder to write to")
+    probability = "write probabilities/<stem>.png too: of the label, in 255ths"
+    add("--probabilities", action="store_true", help=probability)
+    add("--classes", nargs="+", metavar="CLASS", help="write these only, others as background")
+    add("--flip", action="store_true", help="average with what the mirror image gives")
     exif = "picture that is segmented (default: as in the training)"
     add("--exif", choices=["stored", "upright"], help=exif)
     add("--batch-size", type=int, help="images at once (default: 8 on a GPU; 2 on a CPU, for 4 GB)")
@@ -131,26 +148,33 @@ def main(argv: list[str] | None = None) -> int:
     batch_size = args.batch_size or (2 if device.type == "cpu" else 8)
     files = find_files(args.images)
     inputs = {os.path.realpath(path) for path in files}
-    outputs = [args.out / k / (path.stem + end) for path in files for k, end in OUTPUTS.items()]
+    folders = OUTPUTS | (PROBABILITIES if args.probabilities else {})
+    outputs = [args.out / k / (path.stem + end) for path in files for k, end in folders.items()]
     for output in outputs:
         if os.path.realpath(output) in inputs:
             raise UserError(f"{output} would overwrite an input: choose another --out")
     state = load_checkpoint(args.ckpt, mmap=True)
-    predictor, colors = load_predictor(args.ckpt, device, args.amp), state["colors"]
+    classes, colors = state["classes"], state["colors"]
+    for name in args.classes or []:
+        if name not in classes[1:]:
+            raise UserError(f"--classes {name}: choose from {', '.join(classes[1:])}")
+    shown = [args.classes is None or name in args.classes for name in classes]
+    predictor = load_predictor(args.ckpt, device, args.amp, flip=args.flip)
     upright = state.get("upright", True) if args.exif is None else args.exif == "upright"
     del state  # the optimizer's part is twice as large as the model
-    for folder in OUTPUTS:
+    for folder in folders:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
 
     warnings.filterwarnings("ignore", module="PIL")  # on metadata, without the file's name
     done = 0
     with ThreadPoolExecutor(common.default_workers()) as pool:
         for batch in batches(files, predictor.size, upright, batch_size, pool):
-            labels = predict_labels(predictor, [image for _, image in batch])
-            write = partial(write_outputs, args.out, colors)
-            done += sum(1 for _ in pool.map(write, batch, labels))
+            images = [image for _, image in batch]
+            found = predict_labels(predictor, images, args.probabilities)
+            write = partial(write_outputs, args.out, colors, shown)
+            done += sum(1 for _ in pool.map(write, batch, found))
     skipped = len(files) - done
-    print(f"images: {done}, skipped files: {skipped}; {', '.join(OUTPUTS)} are in {args.out}")
+    print(f"images: {done}, skipped files: {skipped}; {', '.join(folders)} are in {args.out}")
     return 1 if skipped else 0
 
 

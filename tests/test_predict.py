@@ -1,5 +1,6 @@
 """Prediction: every kind of image file, evaluation's labels, what is skipped, refused and used."""
 
+import math
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ from PIL import Image
 
 import predict
 from common import UserError, class_colors, load_manifest
-from dataset import evaluation_loader
+from dataset import evaluation_input, evaluation_loader
 from evaluate import Predictor
 from images import read_image
 from models import build_model, load_checkpoint, model_from_checkpoint, save_checkpoint
@@ -89,6 +90,78 @@ def test_equals_evaluation(data, coco, lively, tmp_path, batch_size):
     assert seen == set(masks)
     assert len(seen) == 9
     assert len(np.unique(np.concatenate([mask.ravel() for mask in masks.values()]))) >= 3
+
+
+class Colors(torch.nn.Module):
+    """Its logits are the colours that the pictures have, which tells where each pixel went."""
+
+    def forward(self, images):
+        return {"out": images}
+
+
+def test_flips_keep_the_order_of_the_pixels():
+    """Of two pictures of one padded shape and different widths; the padding is not mirrored in."""
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
+    sizes = [(30, 55), (30, 60)]
+    plain, both = (Predictor(Colors(), 30, CPU, flip=flip).logits(images, sizes) for flip in (0, 1))
+    torch.testing.assert_close(both, plain.log_softmax(dim=1))
+
+
+def test_flips_average_probabilities():
+    """A network that finds label 1 in the left column only: with its mirror image in both."""
+
+    class Left(torch.nn.Module):
+        def forward(self, images):
+            logits = torch.zeros(len(images), 2, *images.shape[2:])
+            logits[:, 1, :, 0] = math.log(9)  # probabilities 0.1 and 0.9; elsewhere one half each
+            return {"out": logits}
+
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    found = Predictor(Left(), 20, CPU, flip=True).logits(images, [(20, 30)])[0].exp()
+    expected = torch.full((32, 32), 0.5)
+    expected[:, 0] = expected[:, 29] = 0.7
+    torch.testing.assert_close(found[1], expected)
+    torch.testing.assert_close(found.sum(dim=0), torch.ones(32, 32))
+
+
+def test_a_symmetric_picture_gives_a_symmetric_mask(lively, tmp_path):
+    half = np.random.default_rng(0).integers(0, 256, (48, 32, 3), dtype=np.uint8)
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.concatenate([half, half[:, ::-1]], axis=1)).save(picture)
+    (plain,), (both,) = (
+        run(lively, tmp_path / name, picture, flags=flags)[0].values()
+        for name, flags in {"plain": [], "flip": ["--flip"]}.items()
+    )
+    assert (plain != plain[:, ::-1]).mean() > 0.05
+    assert (both != both[:, ::-1]).mean() < 0.001
+
+
+def test_probabilities_are_those_of_the_labels(lively, coco, tmp_path):
+    masks, code = run(lively, tmp_path, coco / "val2017" / "v000.jpg", flags=["--probabilities"])
+    found = Image.open(tmp_path / "probabilities" / "v000.png")
+    assert (code, found.mode, found.size) == (0, "L", masks["v000"].shape[::-1])
+    state = load_checkpoint(lively)
+    predictor = Predictor(model_from_checkpoint(state, CPU), 40, CPU)
+    image = torch.from_numpy(np.array(Image.open(coco / "val2017" / "v000.jpg"))).permute(2, 0, 1)
+    with torch.inference_mode():
+        logits = predictor.run(evaluation_input(image, 40)[None])[:, :, :40, :53]  # 48 x 64 at 40
+        logits = torch.nn.functional.interpolate(logits, (48, 64), mode="bilinear")[0]
+    expected, labels = logits.softmax(dim=0).max(dim=0)
+    np.testing.assert_array_equal(masks["v000"], labels.numpy())
+    np.testing.assert_allclose(np.array(found), 255 * expected.numpy(), atol=0.51)
+
+
+def test_chosen_classes_only(lively, coco, tmp_path, refused):
+    images = coco / "val2017"
+    everything, _ = run(lively, tmp_path / "all", images)
+    chosen, _ = run(lively, tmp_path / "some", images, flags=["--classes", "car", "dog"])
+    for stem, mask in everything.items():
+        expected = np.where((mask == 2) | (mask == 4), mask, 0)
+        np.testing.assert_array_equal(chosen[stem], expected)
+    assert any(mask.any() for mask in chosen.values())
+    line = ["--ckpt", lively, "--images", images, "--out", tmp_path / "none"]
+    assert "--classes cra: choose from person, car" in refused("predict", *line, "--classes", "cra")
+    assert not (tmp_path / "none").exists()
 
 
 def test_any_batch_size_gives_the_same_masks(coco, lively, tmp_path):
@@ -401,7 +474,8 @@ def test_colors_and_overlay(tmp_path):
     labels = np.zeros((96, 112), dtype=np.uint8)
     labels[16:80, 16:96] = 2
     image = Image.new("RGB", (112, 96), tuple(plain.tolist()))
-    predict.write_outputs(tmp_path, colors, (Path("x.png"), image), labels)
+    everything = [True] * 3
+    predict.write_outputs(tmp_path, colors, everything, (Path("x.png"), image), [labels])
     assert (np.array(Image.open(tmp_path / "masks_raw" / "x.png")) == labels).all()
     colored = np.array(Image.open(tmp_path / "masks_colored" / "x.png"))
     assert (colored[labels == 2] == colors[2]).all()

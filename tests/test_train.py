@@ -55,6 +55,8 @@ def test_every_model_with_every_loss(data, tmp_path, model, loss):
     (line,) = lines_of(out)
     assert line["step"] == 25 // 12
     assert 0 < line["train_loss"] < 10
+    assert 0 < line["val_loss"] < 10
+    assert "minutes per epoch" not in result.stdout  # two steps tell little
     assert set(line["val_iou"]) == {"background", "person", "car", "bus", "dog"}
     state = load_checkpoint(out / "last.pt")
     assert (state["class_weights"] is not None) == ("weighted" in loss)
@@ -611,6 +613,21 @@ def test_bad_combinations_are_refused_before_any_data_is_read(refused):
     assert "2 or more" in sentence(*one, "--weights", "imagenet")
     assert "no manifest" in sentence(*one)
     assert "no manifest at /nowhere" in sentence("--model", "unet")
+
+
+def test_a_cpu_is_told_once_how_long_it_takes(capsys):
+    """100 steps of 60 s are 100 minutes; 18 epochs are left."""
+    parts = {"batches": SimpleNamespace(steps=100), "args": SimpleNamespace(epochs=20)}
+    run = SimpleNamespace(told_duration=False, epoch=2, **parts)
+    train.Run.tell_duration(run, 60.0)
+    said = capsys.readouterr().out
+    assert "about 100 minutes per epoch on this CPU, 30.0 hours in all" in said
+    assert "--model unet --width 16" in said
+    train.Run.tell_duration(run, 60.0)
+    assert capsys.readouterr().out == ""
+    run.told_duration = False
+    train.Run.tell_duration(run, 1.0)
+    assert "lower" not in capsys.readouterr().out
 
 
 def test_a_run_that_learns_only_the_background_says_what_to_try(data, tmp_path, capsys):
