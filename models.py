@@ -152,34 +152,48 @@ class DeepLab(nn.Module):
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
             self.backbone.load_state_dict(state)
             return
-        state, rows = pretrained_state(DONOR), donor_rows(classes)
-        ours, theirs = list(rows), list(rows.values())
-        for head in self.HEADS:
-            for name in (f"{head}.weight", f"{head}.bias"):
-                values = self.get_parameter(name).detach().clone()
-                values[ours] = state[name][theirs]
-                state[name] = values
-        self.load_state_dict(state)
+        load_known(self, pretrained_state(DONOR), donor_rows(classes, weights))
 
 
 MODELS = {"unet": UNet, "deeplab": DeepLab}
 
 
-def donor_rows(classes: list[str]) -> dict[int, int]:
-    """The label of each class that COCO's weights know, and theirs for it."""
-    known = DONOR.meta["categories"]
-    names = {label: VOC_NAMES.get(name, name) for label, name in enumerate(classes)}
+def load_known(model: nn.Module, state: dict[str, Tensor], rows: dict[int, int]) -> None:
+    """Load a state dict, of the final convolutions only the `rows`: our label of each, and its."""
+    state, ours, theirs = dict(state), list(rows), list(rows.values())
+    for head in model.HEADS:
+        for name in (f"{head}.weight", f"{head}.bias"):
+            values = model.get_parameter(name).detach().clone()
+            values[ours] = state[name][theirs]
+            state[name] = values
+    model.load_state_dict(state)
+
+
+def donor_rows(classes: list[str], weights: str) -> dict[int, int]:
+    """The label of each class that "coco" or a checkpoint knows, and theirs for it."""
+    names = dict(enumerate(classes))
+    if weights == "coco":
+        known = DONOR.meta["categories"]
+        names = {label: VOC_NAMES.get(name, name) for label, name in names.items()}
+    else:
+        known = load_checkpoint(weights, mmap=True)["classes"]
     return {label: known.index(name) for label, name in names.items() if name in known}
 
 
-def head_of(name: str, classes: list[str], weights: str) -> tuple[tuple[str, ...], bool]:
-    """The modules that --head-lr is for, and whether they start fresh: after "imagenet" all of both
-    heads, after "coco" the final convolutions, which are fresh if it does not know each class."""
+def fresh_classes(classes: list[str], weights: str) -> list[str]:
+    """Those that the weights do not know; none if there are no weights."""
+    if weights in ("none", "imagenet"):
+        return [] if weights == "none" else classes
+    rows = donor_rows(classes, weights)
+    return [name for label, name in enumerate(classes) if label not in rows]
+
+
+def head_of(name: str, weights: str) -> tuple[str, ...]:
+    """The modules that --head-lr is for: after "imagenet" both heads, else the final convolutions,
+    in which a class that the weights do not know is fresh."""
     if weights == "imagenet":
-        return ("classifier.", "aux_classifier."), True
-    if weights == "coco":
-        return MODELS[name].HEADS, len(donor_rows(classes)) < len(classes)
-    return (), False
+        return ("classifier.", "aux_classifier.")
+    return () if weights == "none" else MODELS[name].HEADS
 
 
 def pretrained_state(weights) -> dict[str, Tensor]:
@@ -197,10 +211,13 @@ def pretrained_state(weights) -> dict[str, Tensor]:
 
 def build_model(name: str, classes: list[str], width: int = 64, weights: str = "none") -> nn.Module:
     """The network of that name in `MODELS`. classes: names, the background first. weights: one of
-    its `STARTS`."""
+    its `STARTS`, or the path of a checkpoint of such a network."""
     model = MODELS[name](len(classes), width)
-    if weights != "none":
-        model.warm_start(classes, weights)
+    if weights in model.STARTS:
+        if weights != "none":
+            model.warm_start(classes, weights)
+    else:
+        load_known(model, load_checkpoint(weights)["model"], donor_rows(classes, weights))
     return model.to(memory_format=torch.channels_last)
 
 
@@ -225,7 +242,7 @@ def build_optimizer(
 
 
 def _parameter_groups(model: nn.Module, head: tuple[str, ...], factor: float = 1.0) -> list[dict]:
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
     for in_head in (False, True):
         part = [parameter for name, parameter in named if name.startswith(head) == in_head]
@@ -237,9 +254,9 @@ def _parameter_groups(model: nn.Module, head: tuple[str, ...], factor: float = 1
 
 
 def freeze_norm(model: nn.Module, weights: str) -> None:
-    """Let batch norm use the statistics that came with the weights, in training too: of the whole
-    network after "coco", of the backbone after "imagenet"."""
-    for module in (model if weights == "coco" else model.backbone).modules():
+    """Let batch norm use the statistics that came with the weights, in training too: of the
+    backbone after "imagenet", else of the whole network."""
+    for module in (model.backbone if weights == "imagenet" else model).modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
@@ -352,7 +369,7 @@ def check_state(state: dict) -> None:
     parts = [part for key in state["val_ids"] for part in key]
     if len(parts) != 2 * len(state["val_ids"]) or not all(isinstance(p, str | int) for p in parts):
         raise ValueError("val_ids")
-    for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
+    for name, type_ in {"data": str, "amp": str, "weights": str, "coco_root": str | None}.items():
         if not isinstance(arguments.get(name), type_):
             raise ValueError(name)
     for line in state.get("progress", {}).get("history", []):
@@ -370,8 +387,9 @@ def check_state(state: dict) -> None:
     for name, like in expected.items():
         _require_alike(name, state["model"][name], like)
     if "optimizer" in state:  # AdamW's fused step writes to wherever the tensors would end
-        head, _ = head_of(arguments["model"], classes, arguments["weights"])
-        groups = _parameter_groups(network, head)
+        if arguments.get("freeze_backbone"):
+            network.backbone.requires_grad_(False)
+        groups = _parameter_groups(network, head_of(arguments["model"], arguments["weights"]))
         parameters = [parameter for group in groups for parameter in group["params"]]
         for number, moments in state["optimizer"]["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):

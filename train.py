@@ -102,7 +102,9 @@ class Run:
         self.named_weights = dict(zip(manifest.classes, weight.tolist())) if args.weighted else None
         torch.manual_seed(args.seed)
         self.model = models.build_model(args.model, manifest.classes, args.width, weights)
-        if args.weights != "coco":
+        if args.freeze_backbone:
+            self.model.backbone.requires_grad_(False)
+        if args.weights in ("none", "imagenet"):
             prior = torch.from_numpy(pixels) * weight
             models.init_class_prior(self.model, prior / prior.sum())
         self.predictor = Predictor(self.model.to(device), args.size, device, self.dtype)
@@ -110,8 +112,10 @@ class Run:
         self.ddp_model = distributed.parallel(self.model, device)
         if args.compile:
             self.ddp_model = torch.compile(self.ddp_model)
-        head, fresh = models.head_of(args.model, manifest.classes, args.weights)
-        factor = (10.0 if fresh else 1.0) if args.head_lr is None else args.head_lr / args.lr
+        if args.fresh is None:
+            args.fresh = models.fresh_classes(manifest.classes, args.weights)
+        factor = (10.0 if args.fresh else 1.0) if args.head_lr is None else args.head_lr / args.lr
+        head = models.head_of(args.model, args.weights)
         self.optimizer = models.build_optimizer(self.model, args.lr, head, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.describe(train_indices, pixels / pixels.sum())
@@ -124,6 +128,8 @@ class Run:
         say(f"{args.model}, {millions:.1f} M parameters, {self.device}, {precision} -> {args.out}")
         counts = f"{len(train_indices)} training and {len(self.val_indices)} validation images"
         say(f"{counts}, {batches.images_per_step} images per step")
+        if args.fresh:
+            say(f"start: {args.weights}, but for {', '.join(args.fresh)}, which start fresh")
         say("pixels:", ", ".join(f"{n} {s:.2%}" for n, s in zip(classes, shares)))
         if not self.manifest.pixels[self.val_indices, 1:].any():
             say("warning: no validation image holds a pixel of any class: there is no best.pt")
@@ -186,6 +192,8 @@ class Run:
         self.model.train()
         if args.freeze_norm:
             models.freeze_norm(self.model, args.weights)
+        if args.freeze_backbone:
+            self.model.backbone.eval()
         torch.backends.cudnn.benchmark = True  # pays for one shape, not for those of validation
         started, self.waited = time.perf_counter(), 0.0
         saved = started
@@ -531,9 +539,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), help="network (required)")
     add("--width", type=int, default=64, help="first channels of the U-Net")
-    starts = sorted({start for model in models.MODELS.values() for start in model.STARTS})
-    add("--weights", choices=starts, help="start (default: coco where a network has it)")
+    start = "coco, imagenet, none, or a checkpoint's path (default: coco where a network has it)"
+    add("--weights", metavar="START", help=start)
     add("--freeze-norm", action="store_true", help="keep the batch norm statistics of the weights")
+    frozen = "train the heads alone, on few images"
+    add("--freeze-backbone", action="store_true", help=frozen)
     add = parser.add_argument_group("loss").add_argument
     add("--focal", action="store_true", help="focal loss")
     add("--gamma", type=float, default=2.0, help="exponent of the focal loss")
@@ -554,6 +564,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", help="run directory (default: runs/<model and loss>)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
     add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between two last.pt")
+    parser.set_defaults(fresh=None)  # classes that the weights do not know: a Run finds out
     modes = ["auto", "online", "offline", "disabled"]
     add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")
     return parser
@@ -564,6 +575,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     what decides a run's results cannot change, but for --lr and --epochs."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.resume is None and args.weights not in (None, "coco", "imagenet", "none"):
+        complete_from(args.weights, parser, args)
     last = Path(args.out or default_out(args), "last.pt")
     again = args.resume is None and distributed.RESTARTS != "0" and last.exists()
     if again and models.load_checkpoint(last).get("launch") == distributed.launch():
@@ -598,6 +611,17 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     return args, state
 
 
+def complete_from(path: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Take network and width of the checkpoint to start from. Raises UserError if others are given,
+    or if it cannot be read."""
+    state, args.weights = models.load_checkpoint(path, mmap=True), os.path.abspath(path)
+    for name in ("model", "width"):
+        given, own = getattr(args, name), state["args"][name]
+        if given not in (own, parser.get_default(name)):
+            parser.error(f"--{name} {given}: {path} has {own}")
+        setattr(args, name, own)
+
+
 def check_run(state: dict) -> None:
     """Raise an error unless the arguments and the progress in a checkpoint are of the kinds that
     `Run` writes."""
@@ -611,7 +635,8 @@ def check_run(state: dict) -> None:
     for name, value in state["args"].items():
         kind = type(expected[name])
         if expected[name] is None:
-            kind = {"lr": float, "head_lr": float, "rare": list}.get(name, str) | None
+            kinds = {"lr": float, "head_lr": float, "rare": list, "fresh": list}
+            kind = kinds.get(name, str) | None
         if not isinstance(value, kind):
             raise TypeError(name)
     progress = state["progress"]
@@ -656,13 +681,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"{name} {value}: give a number above 0")
     for name, value in {"--head-lr": args.head_lr, "--freeze-norm": args.freeze_norm}.items():
         if value and args.weights == "none":
-            parser.error(f"{name}: only with --weights coco or imagenet")
-    frozen = args.freeze_norm and args.weights == "coco"
+            parser.error(f"{name}: only with --weights, other than none")
+    if args.freeze_backbone and (args.model != "deeplab" or args.weights == "none"):
+        parser.error("--freeze-backbone: only for --model deeplab, with --weights")
+    frozen = args.freeze_norm and args.weights != "imagenet"
     if args.batch_size < model.SMALLEST_BATCH and not frozen:
         parser.error(f"--batch-size: {args.model} needs {model.SMALLEST_BATCH} or more images")
     if args.width not in model.WIDTHS:
         parser.error(f"--width: {args.model} takes {model.WIDTHS[0]} to {model.WIDTHS[-1]}")
-    if args.weights not in model.STARTS:
+    if args.weights not in model.STARTS and not os.path.isabs(args.weights):
         parser.error(f"--weights {args.weights}: {args.model} takes {' or '.join(model.STARTS)}")
     if args.gamma != 2.0 and not args.focal:
         parser.error("--gamma: only with --focal")

@@ -167,8 +167,8 @@ def test_what_starts_fresh_learns_faster():
         (others, "none", []),
     ):
         model = DeepLab(len(classes))
-        head, fresh = models.head_of("deeplab", classes, weights)
-        assert fresh == (weights == "imagenet")
+        head = models.head_of("deeplab", weights)
+        assert models.fresh_classes(classes, weights) == (classes if weights == "imagenet" else [])
         groups = build_optimizer(model, 1e-3, head, 10.0).param_groups
         factors = {id(p): group["factor"] for group in groups for p in group["params"]}
         assert len(factors) == len(list(model.parameters()))
@@ -176,7 +176,7 @@ def test_what_starts_fresh_learns_faster():
             fast = any(name.startswith(f"{module}.") for module in names)
             assert factors[id(parameter)] == (10 if fast else 1), name
         assert all(group["lr"] == 1e-3 * group["factor"] for group in groups)
-    assert models.head_of("deeplab", others, "coco")[1]
+    assert models.fresh_classes(others, "coco") == ["giraffe"]
 
 
 @pytest.mark.parametrize(("weights", "frozen"), [("coco", True), ("imagenet", False)])

@@ -16,6 +16,7 @@ import torch
 from conftest import SCRIPTS, TINY, command
 
 import dataset
+import prepare_masks
 import train
 from common import UserError, default_workers, locked, write_text
 from dataset import EpochBatches, evaluation_loader
@@ -528,3 +529,83 @@ def test_a_mutated_checkpoint_is_refused_by_resume(checkpoint, tmp_path, place, 
     sentence = refused("train", "--resume", tmp_path / "last.pt", "--epochs", 9)
     assert str(tmp_path) in sentence or str(value) in sentence
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+# --- a start of one's own ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other_data(coco, tmp_path_factory):
+    """The masks of `coco` for other classes in another order; the run of `checkpoint` knows all but
+    the chair."""
+    out = tmp_path_factory.mktemp("other") / "data"
+    line = ["--coco-root", coco, "--split", "train2017", "val2017", "--out", out, "--workers", 1]
+    prepare_masks.main([*map(str, line), "--classes", "bus", "chair", "person"])
+    return out
+
+
+def test_a_run_starts_from_another_by_class_names(checkpoint, other_data, tmp_path, capsys):
+    out, donor = tmp_path / "run", load_checkpoint(checkpoint)["model"]
+    line = [
+        "--data",
+        str(other_data),
+        *TINY[:2],
+        *TINY[4:],
+        "--weights",
+        os.path.relpath(checkpoint),
+    ]
+    line += ["--out", str(out), "--epochs", "1", "--lr", "1e-12"]
+    train.main(line)  # the network and its width are those of the checkpoint
+    state = load_checkpoint(out / "last.pt")
+    assert state["args"]["model"] == "unet"
+    assert state["args"]["fresh"] == ["chair"]
+    assert "but for chair, which start fresh" in capsys.readouterr().out
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [x["epoch"] for x in lines] == [0, 1]  # what the weights do at first, before a step
+    found = state["model"]
+    for name in donor:
+        if not name.startswith("classifier") and "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(found[name], donor[name], msg=name)
+    for ours, theirs in {0: 0, 1: 3, 3: 1}.items():  # background, bus, person
+        for name in ("classifier.weight", "classifier.bias"):
+            torch.testing.assert_close(found[name][ours], donor[name][theirs])
+    rates = [group["factor"] for group in state["optimizer"]["param_groups"]]
+    assert sorted(set(rates)) == [1, 10]
+    moved = checkpoint.rename(tmp_path / "moved.pt")  # it is not needed any more
+    train.main(["--resume", str(out), "--epochs", "2"])
+    moved.rename(checkpoint)
+    again = load_checkpoint(out / "last.pt")
+    assert again["args"]["fresh"] == ["chair"]
+    assert [g["factor"] for g in again["optimizer"]["param_groups"]] == rates
+
+
+def test_the_start_decides_the_network(checkpoint, data, tmp_path, refused):
+    line = ["--data", data, "--out", tmp_path / "run", "--weights", checkpoint]
+    assert f"--model deeplab: {checkpoint} has unet" in refused(
+        "train", *line, "--model", "deeplab"
+    )
+    assert f"--width 8: {checkpoint} has 4" in refused("train", *line, "--width", 8)
+    assert "no checkpoint at cocoo" in refused("train", *line[:4], "--weights", "cocoo")
+    frozen = refused("train", *line, "--freeze-backbone")
+    assert "--freeze-backbone: only for --model deeplab" in frozen
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_backbone_stays_as_it_was(data, tmp_path):
+    """Its batch norm too; the heads learn, and the run goes on after it ended."""
+    first, out = tmp_path / "first", tmp_path / "run"
+    line = ["--data", str(data), *TINY[:2], *TINY[4:], "--batch-size", "12", "--epochs", "1"]
+    train.main([*line, "--model", "deeplab", "--weights", "none", "--out", str(first)])
+    start = ["--weights", str(first / "last.pt"), "--freeze-backbone", "--out", str(out)]
+    train.main([*line, *start])
+    before, after = (load_checkpoint(x / "last.pt") for x in (first, out))
+    for name, value in before["model"].items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, after["model"][name]), name
+    assert not torch.equal(
+        before["model"]["classifier.4.weight"], after["model"]["classifier.4.weight"]
+    )
+    assert len(after["optimizer"]["state"]) < len(before["optimizer"]["state"]) / 2
+    train.main(["--resume", str(out), "--epochs", "2"])
+    last = load_checkpoint(out / "last.pt")["model"]
+    assert torch.equal(last["backbone.conv1.weight"], before["model"]["backbone.conv1.weight"])
