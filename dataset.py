@@ -17,7 +17,7 @@ import multiprocessing
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -204,14 +204,21 @@ def jitter(
     return result.view_as(image)
 
 
-def resized_size(height: int, width: int, size: int) -> tuple[int, int]:
+def resized_size(
+    height: int, width: int, size: int, lower: Callable = min, higher: Callable = max
+) -> tuple[int, int]:
     """Height and width with the shorter side at `size`, aspect kept, the longer at most doubled.
 
     Training crops show a 4:3 image between 0.87 and 1.73 times this scale, so objects are evaluated
     at sizes that were trained; with the longer side at `size` they would be smaller than in any.
     """
-    scale = min(size / min(height, width), 2 * size / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    short, long = lower(height, width), higher(height, width)
+
+    def scaled(side: int) -> int:  # rounded, in integers, which export.py has symbols for
+        by_short, by_long = (2 * side * size + short) // (2 * short), (4 * side * size + long)
+        return higher(1, lower(by_short, by_long // (2 * long)))
+
+    return scaled(height), scaled(width)
 
 
 def padded_size(height: int, width: int, size: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
 
@@ -80,7 +81,8 @@ class UNet(nn.Module):
         height, width = images.shape[-2:]
         # Right and below up to the stride, cut off again at the end: any size works.
         padding = (0, -width % self.STRIDE, 0, -height % self.STRIDE)
-        x = F.pad(images, padding, mode="replicate")
+        # What is exported has no need of it, and no way to say so.
+        x = images if is_exporting() else F.pad(images, padding, mode="replicate")
         skips = []
         for depth, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if depth else x)
@@ -97,7 +99,9 @@ class ImagePooling(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 2048, H, W) -> (N, 256, H, W), the same at each pixel."""
-        pooled = super().forward(F.avg_pool2d(x, x.shape[2:]))
+        # Its backward keeps the layout, that of mean() does not; but only mean() can be exported.
+        pooled = x.mean((2, 3), keepdim=True) if is_exporting() else F.avg_pool2d(x, x.shape[2:])
+        pooled = super().forward(pooled)
         pooled = pooled.expand(-1, -1, *x.shape[2:])
         return pooled.contiguous(memory_format=torch.channels_last)
 

@@ -291,10 +291,10 @@ class Run:
 
     def tell_duration(self, seconds: float) -> None:
         """How long a CPU will take, from the seconds of a step: once, before it is waited for."""
-        if self.told_duration:
+        hours = seconds * self.batches.steps / 3600
+        if self.told_duration or hours < 1 / 60:
             return
-        self.told_duration, steps = True, self.batches.steps
-        hours = seconds * steps / 3600
+        self.told_duration = True
         left = hours * (self.args.epochs - self.epoch)
         say(f"about {60 * hours:.0f} minutes per epoch on this CPU, {left:.1f} hours in all")
         if hours > 1:

@@ -15,7 +15,7 @@ README = (SCRIPTS / "README.md").read_text()
 PAGES = README + (SCRIPTS / "RESULTS.md").read_text()
 COMMANDS = re.findall(r"python (?:tools/)?(\w+)\.py ([^\n`|&]*)", PAGES)
 MODULES = ["prepare_masks", "train", "evaluate", "predict", "demo", "benchmark", "overfit"]
-MODULES += ["coverage", "recipe", "restarts"]
+MODULES += ["export", "coverage", "recipe", "restarts"]
 
 
 def parses(script, arguments):

@@ -627,7 +627,11 @@ def test_a_cpu_is_told_once_how_long_it_takes(capsys):
     assert capsys.readouterr().out == ""
     run.told_duration = False
     train.Run.tell_duration(run, 1.0)
-    assert "lower" not in capsys.readouterr().out
+    assert "lower" not in (said := capsys.readouterr().out)
+    assert "about 2 minutes per epoch" in said
+    run.told_duration = False
+    train.Run.tell_duration(run, 0.5)  # under a minute: nobody needs to know
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_that_learns_only_the_background_says_what_to_try(data, tmp_path, capsys):
