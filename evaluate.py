@@ -40,6 +40,8 @@ from models import (
 from report import Example, Shown, draw_panels, figure, page
 
 GALLERY = 24  # images of a page, of all its checkpoints
+# Arguments in which runs of one setting may differ.
+ANY = {"seed", "out", "resume", "data", "coco_root", "workers", "device", "wandb", "save_every"}
 
 
 class Predictor(NamedTuple):
@@ -177,6 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")
     add("--pick", default="worst", help="which: worst, best, random, or a class name")
+    merge = "a row for runs that differ in --seed only: their mean, lowest and highest"
+    add("--merge-seeds", action="store_true", help=merge)
     add("--no-intervals", action="store_true", help="no 95%% intervals over images")
     add("--batch-size", type=int, default=8, help="images at once")
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
@@ -190,13 +194,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 class Subject(NamedTuple):
     """A checkpoint's path, its data, the ascending indices of the images to evaluate it on, which
-    those are (validation, training or all), and how it came about (`models.origin`)."""
+    those are (validation, training or all), how it came about (`models.origin`), and a setting,
+    equal where runs differ in the seed only."""
 
     path: str
     manifest: Manifest
     indices: np.ndarray
     images: str
     origin: dict
+    setting: str
 
 
 def find_subject(path: str, args: argparse.Namespace) -> Subject:
@@ -224,7 +230,9 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds no {images} images")
     if not manifest.pixels[held, 1:].any():
         print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
-    return Subject(path, manifest, np.flatnonzero(held), images, state.get("origin", {}))
+    setting = {k: v for k, v in state["args"].items() if k not in ANY}
+    origin, setting = state.get("origin", {}), json.dumps(setting, sort_keys=True, default=str)
+    return Subject(path, manifest, np.flatnonzero(held), images, origin, setting)
 
 
 def load_predictor(
@@ -353,7 +361,12 @@ def main(argv: list[str] | None = None) -> None:
         metrics.add_differences(entries, all_counts)
     tables = metrics.tables(entries)
     # Of several checkpoints the terminal gets the comparison; --markdown has the details.
-    shown = tables if len(entries) == 1 else tables[: 1 + intervals]
+    merged = []
+    if args.merge_seeds:
+        settings = [subject.setting for subject in subjects]
+        merged.append(metrics.seeds_table(entries, all_counts, settings))
+    tables = merged + tables
+    shown = tables if len(entries) == 1 else tables[: 1 + intervals + len(merged)]
     print("\n\n".join(map(metrics.as_text, shown)))
     if args.markdown:
         write_text(args.markdown, "\n\n".join(map(metrics.as_markdown, tables)) + "\n")
@@ -363,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         shown = zip(subjects, entries, all_counts)
         shown = [show_subject(*each, args, device) for each in shown]
         winners = metrics.winners(all_counts) if intervals else []
-        write_text(args.html, page(shown, winners, command_line()))
+        write_text(args.html, page(shown, winners, command_line(), merged))
         print(f"page: {args.html}")
     for subject, counts in zip(subjects, all_counts):
         if args.panels:

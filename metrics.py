@@ -170,25 +170,25 @@ def add_differences(entries: list[dict], all_counts: list[np.ndarray]) -> None:
 def winners(all_counts: list[np.ndarray]) -> list[int | None]:
     """For each class, and then each of `MEANS`, the number of the checkpoint whose IoU is above
     those of all others, if the intervals of its paired differences to them exclude 0."""
-
-    def columns(found: dict[str, np.ndarray]) -> np.ndarray:
-        means = np.stack([found[key] for key in MEANS], axis=-1)
-        return np.concatenate([found["iou"], means], axis=-1)
-
-    values = np.stack([columns(scores(counts.sum(axis=0))) for counts in all_counts])
+    values = np.stack([_columns(scores(counts.sum(axis=0))) for counts in all_counts])
     best = np.where(np.isnan(values), -1, values).argmax(axis=0)
     held = [*((all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST), *[True] * len(MEANS)]
     clear = np.array(held) & (len(all_counts) > 1) & ~np.isnan(values).any(axis=0)
     others = np.empty((len(all_counts[0]), len(best)))  # of the best of each column
     for number, counts in enumerate(all_counts):
-        others[:, best == number] = columns(leave_one_out(counts))[:, best == number]
+        others[:, best == number] = _columns(leave_one_out(counts))[:, best == number]
     for number, counts in enumerate(all_counts):
-        theirs = columns(leave_one_out(counts))
+        theirs = _columns(leave_one_out(counts))
         for column in np.flatnonzero(clear & (best != number)):
             gain = values[best[column], column] - values[number, column]
             low = jackknife(gain, others[:, column] - theirs[:, column])[0][0]
             clear[column] = low > 0
     return [int(number) if won else None for number, won in zip(best, clear)]
+
+
+def _columns(found: dict[str, np.ndarray]) -> np.ndarray:
+    """(..., C + 2): IoU of each class, and the means."""
+    return np.concatenate([found["iou"], *(found[key][..., None] for key in MEANS)], axis=-1)
 
 
 def gallery(number: int, counts: np.ndarray, classes: list[str]) -> dict[int, str]:
@@ -251,6 +251,31 @@ def comparison_table(entries: list[dict]) -> Table:
     note = "; below each its 95% interval over images" if "interval" in first else ""
     flip = ", with their mirror images" if first.get("flip") else ""
     return f"IoU in % on {first['images']} {first['evaluated_on']} images{flip}{note}", rows
+
+
+def seeds_table(entries: list[dict], all_counts: list[np.ndarray], settings: list[str]) -> Table:
+    """A mean for each of the `settings`, of the checkpoints that share it; below it their lowest
+    and highest, and the interval over images of the mean."""
+    rows = [["", *entries[0]["classes"], "mean", "fg mean"]]
+    for setting in dict.fromkeys(settings):
+        runs = [number for number, own in enumerate(settings) if own == setting]
+        values = np.stack([_columns(scores(all_counts[run].sum(axis=0))) for run in runs])
+        others = np.mean([_columns(leave_one_out(all_counts[run])) for run in runs], axis=0)
+        mean = values.mean(axis=0)
+        known = ~np.isnan(mean) & (len(others) >= FEWEST)
+        known[:-2] &= (all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST
+        pairs = [
+            np.clip(jackknife(value, others[:, column])[0], 0, 1).tolist()
+            if known[column]
+            else None
+            for column, value in enumerate(mean)
+        ]
+        more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        rows.append([entries[runs[0]]["ckpt"] + more, *map(percent, map(plain, mean))])
+        ends = zip(values.min(axis=0).tolist(), values.max(axis=0).tolist())
+        rows.append(["lowest to highest", *(span(pair) for pair in ends)])
+        rows.append(["95% interval over images", *map(span, pairs)])
+    return "Mean over seeds, IoU in %", rows
 
 
 def difference_table(entries: list[dict]) -> Table:
@@ -316,8 +341,8 @@ def as_markdown(table: Table) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage with one digit, "-" for none."""
-    return "-" if value is None else f"{100 * value:.1f}"
+    """A fraction as a percentage with one digit, "-" for none or NaN."""
+    return "-" if value is None or value != value else f"{100 * value:.1f}"
 
 
 def span(bounds: list[float | None] | None) -> str:

@@ -99,8 +99,11 @@ class Example(NamedTuple):
     caption: str
 
 
-def page(shown: list[Shown], winners: list[int | None], command: str) -> str:
-    """HTML in one file. `winners` are those of `metrics.winners`, `command` made the page."""
+def page(
+    shown: list[Shown], winners: list[int | None], command: str, merged: list[Table] | None = None
+) -> str:
+    """HTML in one file. `winners` are those of `metrics.winners`, `command` made the page, `merged`
+    are tables to show first."""
     entries, classes = [each.entry for each in shown], shown[0].entry["classes"]
     title, (head, *_) = metrics.comparison_table(entries)
     rows, means = [], [*metrics.MEANS, "pixel_accuracy"]
@@ -113,6 +116,7 @@ def page(shown: list[Shown], winners: list[int | None], command: str) -> str:
     rows.append(["images with it", *map(str, entries[0]["images_with_class"].values())])
     plural = "s" * (len(shown) > 1)
     parts = [f"<h1>{len(shown)} checkpoint{plural} on {entries[0]['images']} images</h1>"]
+    parts += [_table(table, "wide") for table in merged or []]
     parts.append(_table((title, [head, *rows]), "wide many" if len(classes) > MANY else "wide"))
     if plural and winners:
         parts.append("<p>\u2605: best, by the 95% intervals of its paired differences</p>")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import metrics
 from metrics import (
     ConfusionMatrix,
     add_differences,
@@ -213,3 +214,28 @@ def test_the_interval_of_a_mean_ends_where_iou_does():
     interval = report("a", list("abc"), confusion, True, "validation")["interval"]
     assert interval["foreground_miou"][0] == 0
     assert interval["foreground_miou"][1] > 0.3
+
+
+def test_runs_that_differ_in_the_seed_share_a_row():
+    """Three runs of one setting and one of another. By hand: the class has 10 pixels in each of
+    five images; the runs hit 2, 4 and 6 of them in each, without a wrong one, so IoU 0.2, 0.4, 0.6.
+    """
+    hits = (2, 4, 6, 9)
+    all_counts = np.zeros((4, 5, 3, 2), dtype=np.int64)
+    for counts, hit in zip(all_counts, hits):
+        counts[:, :, 1] = hit, 10, hit
+        counts[:, :, 0] = 90, 90, 100 - hit
+    entries = [{"ckpt": f"{name}.pt", "classes": ["background", "a"]} for name in "wxyz"]
+    title, rows = metrics.seeds_table(entries, list(all_counts), ["one", "one", "one", "two"])
+    assert "seeds" in title
+    assert [row[0] for row in rows] == [
+        "", "w.pt and 2 more", "lowest to highest", "95% interval over images",
+        "z.pt", "lowest to highest", "95% interval over images",
+    ]  # fmt: skip
+    assert [row[2] for row in rows[1:]] == [
+        "40.0", "20.0 to 60.0", "40.0 to 40.0", "90.0", "90.0 to 90.0", "90.0 to 90.0"
+    ]  # fmt: skip
+    assert rows[1][4] == "40.0"  # the foreground mean of one class
+    all_counts[..., 1, 1] = 0  # no truth: no value, no interval
+    _, rows = metrics.seeds_table(entries, list(all_counts), ["one"] * 4)
+    assert [row[2] for row in rows[1:]] == ["-", "- to -", ""]

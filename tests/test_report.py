@@ -190,11 +190,19 @@ def test_html(checkpoint, data, tmp_path, refused):
     torch.save(state, old)
     page = tmp_path / "page.html"
     shared = ["--workers", 0, "--device", "cpu", "--html", page]
-    result = command("evaluate.py", "--ckpt", checkpoint, old, *shared)
+    result = command("evaluate.py", "--ckpt", checkpoint, old, *shared, "--merge-seeds")
     assert result.returncode == 0, result.stderr
     content = page.read_text()
     commit = load_checkpoint(checkpoint)["origin"]["scripts"]
-    for words in (str(checkpoint), f"torch {torch.__version__}", commit, "--html", "most of bus"):
+    assert f"{checkpoint} and 1 more" in result.stdout
+    for words in (
+        "and 1 more",
+        str(checkpoint),
+        f"torch {torch.__version__}",
+        commit,
+        "--html",
+        "most of bus",
+    ):
         assert words in content
     assert content.count('<svg class="chart"') == 3
     assert 10 <= content.count("<fieldset>") <= evaluate.GALLERY
