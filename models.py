@@ -373,7 +373,7 @@ def check_state(state: dict) -> None:
     parts = [part for key in state["val_ids"] for part in key]
     if len(parts) != 2 * len(state["val_ids"]) or not all(isinstance(p, str | int) for p in parts):
         raise ValueError("val_ids")
-    for name, type_ in {"data": str, "amp": str, "weights": str, "coco_root": str | None}.items():
+    for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         if not isinstance(arguments.get(name), type_):
             raise ValueError(name)
     for line in state.get("progress", {}).get("history", []):

@@ -338,8 +338,8 @@ def test_loader_processes_do_not_pile_up(data, tmp_path, monkeypatch):
     seen, evaluate = [], train.evaluate
     before = set(dataset.multiprocessing.active_children())  # that earlier tests have left
 
-    def counted(*arguments):
-        result = evaluate(*arguments)
+    def counted(*arguments, **named):
+        result = evaluate(*arguments, **named)
         seen.append(len(set(dataset.multiprocessing.active_children()) - before))
         return result
 

@@ -175,9 +175,9 @@ left = -1
 def mortal(module, name):
     # Before and after each call the process may die.
     function = getattr(module, name)
-    def call(*arguments):
+    def call(*arguments, **named):
         live()
-        result = function(*arguments)
+        result = function(*arguments, **named)
         live()
         return result
     setattr(module, name, call)
