@@ -11,6 +11,7 @@ import math
 import textwrap
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,53 +30,7 @@ PICTURE = 400  # longest side of a picture of the page, in pixels
 MANY = 11  # of more classes, a chart names the best and the worst, a table stands row by row
 CHART, LEFT, RIGHT, TOP, BOTTOM = (440, 250), 50, 320, 34, 214  # a chart, and the edges of its plot
 
-COLORS = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #bbb; --bar: #0072b2; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #16181b; --line: #555; --bar: #56b4e9; } }
-.chart text { font: 12px sans-serif; fill: var(--ink); } .chart .title { font-weight: bold; }
-.chart .end { text-anchor: end; } .chart .middle { text-anchor: middle; }
-.chart line { stroke: var(--line); } .chart .best { stroke: var(--ink); stroke-dasharray: 3 3; }
-.chart polyline { fill: none; stroke-width: 1.6; } .chart .mean { stroke-width: 3.2; }
-.chart .unnamed { opacity: .35; }"""
-STYLE = """
-body { font: 15px/1.45 sans-serif; color: var(--ink); background: var(--paper); padding: 1em;
-  margin: 0 auto; max-width: 1340px; overflow-wrap: anywhere; }
-h2 { margin-top: 2em; border-top: 2px solid var(--line); padding-top: .8em; }
-table { border-collapse: collapse; margin: 1em 0; } thead th { vertical-align: bottom; }
-caption { text-align: left; font-weight: bold; width: max-content; max-width: calc(100vw - 3em); }
-th, td { padding: .25em .6em; border-bottom: 1px solid var(--line); text-align: right; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th:first-child { text-align: left; font-weight: normal; min-width: 6.5em; }
-.facts td { text-align: left; overflow-wrap: anywhere; } small { display: block; white-space: pre; }
-td b { font-weight: normal; } .winner b { font-weight: bold; } .winner b::after { content: " ★"; }
-.bar { display: block; width: 100%; min-width: 5em; height: 9px; stroke: var(--line); }
-.bar rect { fill: var(--bar); stroke: none; } .deep { color: #fff; }
-.heat th, .heat td { padding: .35em .4em; border: 1px solid var(--line); }
-.heat thead th + th { writing-mode: vertical-rl; text-align: left; max-height: 9em;
-  overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
-.key { display: inline-block; margin: 0 1em 1em 0; }
-.key i { padding: 0 .45em; border: 1px solid var(--ink); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
-fieldset { border: 1px solid var(--line); margin: 0 0 1em; min-width: 0; break-inside: avoid; }
-figure { margin: 0; } figcaption { font-size: .85em; } label { display: none; }
-img { max-width: 100%; height: auto; max-height: 80vh; object-fit: contain; }
-.layers { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5em; }
-.wide { container-type: inline-size; } .many { max-width: 800px; }
-@media screen and (max-width: 800px) {
-  .layers { display: block; } figure, figcaption { display: none; } img { width: 100%; }
-  label { display: inline-block; margin: 0 .6em .4em 0; }
-  fieldset:has(label:nth-of-type(1) :checked) figure:nth-child(1),
-  fieldset:has(label:nth-of-type(2) :checked) figure:nth-child(2),
-  fieldset:has(label:nth-of-type(3) :checked) figure:nth-child(3),
-  fieldset:has(label:nth-of-type(4) :checked) figure:nth-child(4) { display: block; }
-  .heat { font-size: .75em; } .heat th, .heat td { padding: .3em .15em; min-width: 0; } }
-@container (max-width: 800px) {
-  table { width: 100%; } thead, td:empty { display: none; } th:first-child { font-weight: bold; }
-  td, th { border: 0; text-align: left; overflow-wrap: anywhere; } th { grid-column: 1 / -1; }
-  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(8em, 1fr)); }
-  tr + tr { border-top: 2px solid var(--line); }
-  td::before { content: attr(data-name); display: block; font-size: .85em; } }"""
+STYLE = Path(__file__).with_suffix(".css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -127,7 +82,9 @@ def page(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{COLORS}{STYLE}</style>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<style>{STYLE.read_text('utf-8')}</style>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
     )
 
 
@@ -217,8 +174,8 @@ def curves(history: list[dict], classes: list[str], colors: list) -> str:
     """The three `charts` as one SVG picture, for a file of its own."""
     drawn = enumerate(charts(history, classes, colors).values())
     drawn = (f'<g transform="translate({i * CHART[0]})">{chart}</g>' for i, chart in drawn)
-    view = f'class="chart" viewBox="0 0 {3 * CHART[0]} {CHART[1]}"'
-    style = f"<style>{COLORS} svg {{ background: var(--paper); }}</style>"
+    view = f'class="chart file" viewBox="0 0 {3 * CHART[0]} {CHART[1]}"'
+    style = f"<style>{STYLE.read_text('utf-8')}</style>"
     return f'<svg xmlns="http://www.w3.org/2000/svg" {view}>{style}{"".join(drawn)}</svg>\n'
 
 
