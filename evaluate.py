@@ -269,9 +269,9 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
 
 
 def show_subject(
-    subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
+    number: int, subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
 ) -> Shown:
-    """A checkpoint's part of the page."""
+    """A checkpoint's part of the page, of which it is the `number`."""
     state, manifest = load_checkpoint(subject.path, mmap=True), subject.manifest
     predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
@@ -279,7 +279,7 @@ def show_subject(
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
         (example,) = predict_examples(predictor, manifest, subject.indices[[image]])
         example = example._replace(caption=f"{why}: {example.caption}")
-        figures.append(figure(example, manifest.classes, manifest.colors, str(image)))
+        figures.append(figure(example, manifest.classes, manifest.colors, f"{number}-{image}"))
     history = state.get("progress", {}).get("history", [])
     tables = [origin_table(subject, state, history), images_table(subject, state)]
     return Shown(entry, history, manifest.colors, tables, figures)
@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         write_text(args.json, json.dumps(entries, indent=1) + "\n")
     if args.html:
-        shown = zip(subjects, entries, all_counts)
+        shown = zip(range(len(subjects)), subjects, entries, all_counts)
         shown = [show_subject(*each, args, device) for each in shown]
         winners = metrics.winners(all_counts) if intervals else []
         write_text(args.html, page(shown, winners, command_line(), merged))

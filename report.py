@@ -76,7 +76,7 @@ def page(
     if plural and winners:
         parts.append("<p>\u2605: best, by the 95% intervals of its paired differences</p>")
         parts.append(_table(metrics.difference_table(entries), "wide"))
-    parts += [_section(number, each) for number, each in enumerate(shown)]
+    parts += map(_section, shown)
     parts.append(f"<h2>This page</h2><p>{_text(command)}</p>")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
@@ -88,7 +88,7 @@ def page(
     )
 
 
-def _section(number: int, shown: Shown) -> str:
+def _section(shown: Shown) -> str:
     entry, history, colors, facts, figures = shown
     classes, parts = entry["classes"], [f"<h2>{_text(entry['ckpt'])}</h2>"]
     if history:
@@ -101,7 +101,7 @@ def _section(number: int, shown: Shown) -> str:
     for name, color in _keys(classes, colors) if figures else []:
         key = f'<i style="background: rgb{tuple(color)}"></i> {_text(name)}'
         parts.append(f'<span class="key">{key}</span>')
-    return "\n".join(parts + [figure.replace("NUMBER", str(number)) for figure in figures])
+    return "\n".join(parts + figures)
 
 
 def _text(words: str, most: int = 10**6) -> str:
@@ -154,7 +154,7 @@ def _heat(entry: dict) -> str:
 
 def figure(example: Example, classes: list[str], colors: list, name: str) -> str:
     """HTML of an image's pictures: side by side, or on a narrow screen one that is chosen. `name`
-    is unique in its checkpoint."""
+    is unique in the page."""
     labels, layers, buttons = [None, example.mask, example.prediction, None], [], []
     for title, seen, picture in zip(TITLES, labels, pictures(example, colors, PICTURE)):
         picture.save(content := io.BytesIO(), "WEBP", quality=80)
@@ -164,7 +164,7 @@ def figure(example: Example, classes: list[str], colors: list, name: str) -> str
         size = f'width="{picture.width}" height="{picture.height}"'
         image = f'<img {size} alt="{_text(f"{title}: {seen}".strip(": "))}" src="{source}">'
         layers.append(f"<figure>{image}<figcaption>{title}</figcaption></figure>")
-        button = f'<input type="radio" name="NUMBER-{name}"{" checked" * (title == TITLES[2])}>'
+        button = f'<input type="radio" name="{name}"{" checked" * (title == TITLES[2])}>'
         buttons.append(f"<label>{button} {title}</label>")
     content = "".join([*buttons, '<div class="layers">', *layers, "</div>"])
     return f"<fieldset><legend>{_text(example.caption)}</legend>{content}</fieldset>"

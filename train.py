@@ -637,7 +637,8 @@ def check_run(state: dict) -> None:
         if expected[name] is None:
             kinds = {"lr": float, "head_lr": float, "rare": list, "fresh": list}
             kind = kinds.get(name, str) | None
-        if not isinstance(value, kind):
+        listed = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(each, str) for each in listed):
             raise TypeError(name)
     progress = state["progress"]
     counts = [progress["epoch"], progress["batch"], progress["step"], state["images_per_step"]]

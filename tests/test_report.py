@@ -46,8 +46,10 @@ def shown(classes, checkpoints, epochs, pictures=1):
             confusion.update(image, torch.where(right, mask, 0), mask)
         entry = metrics.report(f"runs/{number}/best.pt", classes, confusion, True, "validation")
         labels = rng.integers(0, len(classes), (30, 40)).astype(np.uint8)
-        example = report.Example(Image.new("RGB", (40, 30)), labels, labels, "worst: <b>.jpg")
-        figures = [report.figure(example, classes, colors, str(i)) for i in range(pictures)]
+        example = report.Example(Image.new("RGB", (40, 30)), labels, labels, "NUMBER <b>.jpg")
+        figures = [
+            report.figure(example, classes, colors, f"{number}-{i}") for i in range(pictures)
+        ]
         history = lines_of(classes, epochs) if epochs else []
         facts = [("How", [["", ""], ["arguments", "<script>" + "x" * 300]])]
         parts.append(report.Shown(entry, history, colors, facts, figures))
@@ -96,6 +98,13 @@ def test_names_stand_as_they_are(tmp_path):
         "n" * 200,
     ):
         assert words in page
+
+
+def test_each_picture_switches_for_itself(tmp_path):
+    page = write_page(tmp_path / "page.html", *SIZES["hostile"]).read_text()
+    names = re.findall(r'<input type="radio" name="([^"]*)"', page)
+    assert sorted(names.count(name) for name in set(names)) == [4] * 6
+    assert "NUMBER" in page
 
 
 def test_the_best_stands_out_only_where_it_is_clear():

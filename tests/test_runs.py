@@ -505,6 +505,7 @@ MUTATED = [  # each once ended in a traceback, a crash of the interpreter or 10^
     (["args", "lr"], None),
     (["args", "data"], 3),
     (["args", "group"], 3.5),
+    (["args", "fresh"], [3.5]),
     (["progress", "step"], 10**9),
     (["progress", "epoch"], -1),
     (["progress", "history"], [torch.zeros(1)]),
