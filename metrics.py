@@ -192,14 +192,14 @@ def _columns(found: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def gallery(number: int, counts: np.ndarray, classes: list[str]) -> dict[int, str]:
-    """Up to `number` images of (N, 3, C) counts, each with what it was picked for, in turns: the
-    worst, random ones, and those that hold most of each of the four rarest classes."""
+    """Up to `number` images of (N, 3, C) counts, each with what it was picked for: a quarter at
+    random; and in turns the worst, and those that hold most of each of the four rarest classes."""
     images = (counts[:, 1] > 0).sum(axis=0)
     rare = sorted((label for label in range(1, len(classes)) if images[label]), key=images.take)
-    hows = {"worst": "worst", "random": "random"}
-    hows |= {classes[label]: f"most of {classes[label]}" for label in rare[:4]}
+    hows = {"worst": "worst"} | {classes[label]: f"most of {classes[label]}" for label in rare[:4]}
     queues = {t: pick(how, len(counts), counts, classes).tolist() for how, t in hows.items()}
-    chosen = {}
+    drawn = pick("random", number // 4, counts, classes).tolist()
+    chosen = dict.fromkeys(drawn, "random")
     while len(chosen) < number and any(queues.values()):
         for title, queue in queues.items():
             while queue and queue[0] in chosen:

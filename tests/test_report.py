@@ -135,8 +135,10 @@ def test_the_gallery_takes_turns():
     counts[7, 1:, 2], counts[3, 1:, 2] = 9, 5
     classes = ["background", "many", "rare"]
     chosen = metrics.gallery(4, counts, classes)
-    assert chosen[0] == "worst"
-    assert list(chosen.values()) == ["worst", "random", "most of rare", "most of many"]
+    assert list(chosen.values()) == ["random", "worst", "most of rare", "most of many"]
+    (drawn,) = metrics.pick("random", 1, counts, classes)
+    assert chosen[drawn] == "random"
+    assert chosen[1 if drawn == 0 else 0] == "worst"
     assert next(image for image, why in chosen.items() if why == "most of rare") in (7, 3)
     assert sorted(metrics.gallery(99, counts, classes)) == list(range(10))  # each once
     assert metrics.gallery(3, counts[:0], classes) == {}

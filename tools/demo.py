@@ -30,7 +30,7 @@ COMMANDS = [
     " --oversample 6 --epochs {epochs} --batch-size 8 --lr 5e-3 --device cpu --wandb disabled"
     " --out {out}/runs/unet",
     "evaluate.py --ckpt {out}/runs/unet/best.pt --json {out}/report.json"
-    " --html {out}/report.html --panels 4 --pick random",
+    " --html {out}/report.html --panels 6 --pick random",
 ]
 TARGET = 0.6  # foreground mIoU that shows that the pipeline has learned
 
