@@ -217,9 +217,8 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds {', '.join(manifest.classes[1:9])}: {own}")
     if state["fingerprint"] != manifest.fingerprint and not args.other_data:
         raise UserError(f"{manifest.data} holds other masks: {own}, or say --other-data")
-    validated = {(split, str(id_)) for split, id_ in state["val_ids"]}
-    held = np.array([tuple(key) in validated for key in manifest.keys(range(len(manifest)))])
-    missing, images = len(validated) - held.sum(), args.images
+    held = validated(state, manifest)
+    missing, images = len({tuple(key) for key in state["val_ids"]}) - held.sum(), args.images
     if images == "all" or (args.other_data and not held.any()):
         held[:], images = True, "all"
     elif images == "training":
@@ -233,6 +232,12 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     setting = {k: v for k, v in state["args"].items() if k not in ANY}
     origin, setting = state.get("origin", {}), json.dumps(setting, sort_keys=True, default=str)
     return Subject(path, manifest, np.flatnonzero(held), images, origin, setting)
+
+
+def validated(state: dict, manifest: Manifest) -> np.ndarray:
+    """(N,) bool: which images of the manifest validated the run of a checkpoint."""
+    keys = {(split, str(id_)) for split, id_ in state["val_ids"]}
+    return np.array([tuple(key) in keys for key in manifest.keys(range(len(manifest)))])
 
 
 def load_predictor(
@@ -299,9 +304,7 @@ def origin_table(subject: Subject, state: dict, history: list[dict]) -> metrics.
 def images_table(subject: Subject, state: dict) -> metrics.Table:
     """Images and pixels of each class, of those that trained and those that were evaluated."""
     manifest = subject.manifest
-    validated = {(split, str(id_)) for split, id_ in state["val_ids"]}
-    keys = map(tuple, manifest.keys(range(len(manifest))))
-    training = np.array([key not in validated for key in keys])
+    training = ~validated(state, manifest)
     training &= state["fingerprint"] == manifest.fingerprint
     sides = [manifest.pixels[training], manifest.pixels[subject.indices]]
     names = ["training", subject.images]
