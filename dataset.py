@@ -32,6 +32,7 @@ from images import read_image, read_mask
 # ImageNet statistics of RGB in [0, 1]: what every pretrained backbone of torchvision expects.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+FILL = [round(255 * channel) for channel in MEAN]  # colour of padding
 CHUNK = 2**16  # pixels that fit into a core's cache as float32
 # Luma and two axes of colour, of RGB: the NTSC standard.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -233,7 +234,7 @@ def evaluation_input(image: Tensor, size: int) -> Tensor:
     h, w = resized_size(*image.shape[-2:], size)
     padded_h, padded_w = padded_size(*image.shape[-2:], size)
     image = F.resize(image, [h, w], antialias=True)
-    return F.pad(image, [0, 0, padded_w - w, padded_h - h], fill=[round(255 * m) for m in MEAN])
+    return F.pad(image, [0, 0, padded_w - w, padded_h - h], fill=FILL)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -347,14 +348,16 @@ class TrainingSet(Dataset):
 
 
 class EvaluationSet(Dataset):
-    """Whole images. Item: image (3, h, w) at evaluation size, mask (H, W) at native size, index."""
+    """Whole images. Item: image (3, h, w) at evaluation size, mask (H, W) at native size, index.
+    Without a size, the image is at native size too."""
 
-    def __init__(self, manifest: Manifest, size: int):
+    def __init__(self, manifest: Manifest, size: int | None):
         self.manifest, self.size = manifest, size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         image, mask = load_image(self.manifest, index), load_mask(self.manifest, index)
-        return evaluation_input(image, self.size), torch.from_numpy(mask), index
+        image = evaluation_input(image, self.size) if self.size else image
+        return image, torch.from_numpy(mask), index
 
 
 def derive_seed(*numbers: int) -> int:
@@ -369,16 +372,18 @@ def training_loader(manifest, batches: EpochBatches, size: int, workers: int) ->
 
 
 def evaluation_loader(
-    manifest: Manifest, indices: np.ndarray, size: int, batch_size: int, workers: int
+    manifest: Manifest, indices: np.ndarray, size: int | None, batch_size: int, workers: int
 ) -> DataLoader:
     """Batches of images (N, 3, h, w), masks (N, H, W) padded with 255, and indices (a list).
 
     A batch holds images of one padded shape, so what surrounds an image, and with it its logits,
-    does not depend on the images beside it. Every image comes exactly once.
+    does not depend on the images beside it. Every image comes exactly once. Without a size each
+    comes alone, at its native size.
     """
     groups, batches = defaultdict(list), []
     for index in indices.tolist():
-        groups[padded_size(*manifest.sizes[index].tolist(), size)].append(index)
+        shape = padded_size(*manifest.sizes[index].tolist(), size) if size else index
+        groups[shape].append(index)
     for _, group in sorted(groups.items()):
         largest = int(manifest.sizes[group].prod(axis=1).max())
         count = max(1, min(batch_size, BATCH_PIXELS // largest))

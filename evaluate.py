@@ -38,21 +38,24 @@ from models import (
     pick_device,
 )
 from report import Example, Shown, draw_panels, figure, page
+from tiles import Tiling, best_labels, tiled_labels
 
 GALLERY = 24  # images of a page, of all its checkpoints
+LOWEST_SCALE, HIGHEST_SCALE = 0.001, 16.0
 # Arguments in which runs of one setting may differ.
 ANY = {"seed", "out", "resume", "data", "coco_root", "workers", "device", "wandb", "save_every"}
 
 
 class Predictor(NamedTuple):
-    """A network and how it is run: at which `size`, on which device, in which autocast dtype, and
-    whether of the mirror image as well (`flip`)."""
+    """A network and how it is run: at which `size`, on which device, in which autocast dtype,
+    whether of the mirror image as well (`flip`), and in which windows, unless on whole images."""
 
     model: nn.Module
     size: int
     device: torch.device
     dtype: torch.dtype | None = None
     flip: bool = False
+    tiling: Tiling | None = None
 
     def logits(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """(N, C, h, w) logits, on the device, of padded (N, 3, h, w) uint8 images, whose native
@@ -82,23 +85,22 @@ class Predictor(NamedTuple):
     def labels_and_probability(
         self, logits: Tensor, height: int, width: int, wanted: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """(H, W) uint8 labels, and (H, W) float32 their probabilities, if `wanted`.
+        """(H, W) uint8 labels, and (H, W) uint8 their probabilities in 255ths, if `wanted`.
 
-        The padding is cut off, and the logits, not the labels, are brought to the native size:
-        class by class, so that those of all classes never exist at once. Of equal logits the lowest
-        label wins.
+        The padding is cut off, and the logits, not the labels, are brought to the native size.
         """
         h, w = resized_size(height, width, self.size)
-        labels = torch.zeros(height, width, dtype=torch.uint8, device=logits.device)
-        best = torch.full(labels.shape, -torch.inf, device=logits.device)
-        total = best.clone() if wanted else None  # log of the sum of exp(logits)
-        for label, values in enumerate(logits[:, None, None, :h, :w].float()):
-            values = F.interpolate(values, size=(height, width), mode="bilinear")[0, 0]
-            labels.masked_fill_(values > best, label)
-            torch.maximum(best, values, out=best)
-            if wanted:
-                torch.logaddexp(total, values, out=total)
-        return labels, (best - total).exp() if wanted else None
+        planes = logits[:, None, None, :h, :w].float()
+        options = {"size": (height, width), "mode": "bilinear"}
+        return best_labels((F.interpolate(plane, **options)[0, 0] for plane in planes), wanted)
+
+    def tiled(self, picture: Image.Image, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The same of an RGB picture, by windows."""
+
+        def run(images: Tensor) -> Tensor:
+            return self.logits(images, [(self.size, self.size)] * len(images))
+
+        return tiled_labels(run, self.tiling, picture, wanted)
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """(2,) float32: cross entropy summed over the pixels that count, and the number of these.
@@ -109,15 +111,20 @@ class Predictor(NamedTuple):
         loss = F.cross_entropy(logits[None, :, :h, :w].float(), mask, **options)
         return torch.stack([loss, (mask != IGNORE_INDEX).sum().float()])
 
-    def predict(self, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Index, (C, h, w) logits, and (H, W) uint8 mask of every image, on the device."""
+    def predict(self, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+        """Index, (H, W) uint8 labels and mask, and (C, h, w) logits, if it is not done in windows,
+        of every image, on the device."""
         self.model.eval()
         for images, masks, indices in loader:
             masks = masks.to(self.device, non_blocking=True)
+            if self.tiling:
+                picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+                yield indices[0], self.tiled(picture)[0], masks[0], None
+                continue
             sizes = loader.dataset.manifest.sizes[indices].tolist()
             items = zip(indices, self.logits(images, sizes), masks, sizes)
             for index, logits, mask, (height, width) in items:
-                yield index, logits, mask[:height, :width]
+                yield index, self.labels(logits, height, width), mask[:height, :width], logits
 
 
 @torch.inference_mode()
@@ -134,8 +141,7 @@ def evaluate(
     confusion = ConfusionMatrix(len(indices), classes, predictor.device)
     options = {"total": len(indices), "unit": "image", "leave": False, "disable": None}
     seen = []
-    for index, logits, mask in tqdm(predictor.predict(loader), description, **options):
-        labels = predictor.labels(logits, *mask.shape)
+    for index, labels, mask, logits in tqdm(predictor.predict(loader), description, **options):
         confusion.update(bisect_left(indices, index), labels, mask)
         if loss:
             confusion.loss += predictor.loss(logits, mask)
@@ -149,9 +155,9 @@ def evaluate(
 def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[Example]:
     """A few images with their masks, their predictions, and captions with their own IoU."""
     examples = {}
-    loader = evaluation_loader(manifest, indices, predictor.size, 1, workers=0)
-    for index, logits, mask in predictor.predict(loader):
-        labels = predictor.labels(logits, *mask.shape)
+    size = None if predictor.tiling else predictor.size
+    loader = evaluation_loader(manifest, indices, size, 1, workers=0)
+    for index, labels, mask, _ in predictor.predict(loader):
         confusion = ConfusionMatrix(1, len(manifest.classes), predictor.device)
         confusion.update(0, labels, mask)
         counts = confusion.counts[0].cpu().numpy()
@@ -182,14 +188,32 @@ def build_parser() -> argparse.ArgumentParser:
     merge = "a row for runs that differ in --seed only: their mean, lowest and highest"
     add("--merge-seeds", action="store_true", help=merge)
     add("--no-intervals", action="store_true", help="no 95%% intervals over images")
-    add("--batch-size", type=int, default=8, help="images at once")
+    add("--batch-size", type=int, default=8, help="images, or windows, at once")
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
+    add("--size", type=int, help="short side of images, side of windows (default: as in training)")
+    add_running(parser)
+    return parser
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Arguments of how a network is run."""
+    add = parser.add_argument
     add("--flip", action="store_true", help="average with what the mirror image gives")
-    add("--size", type=int, help="short side of the images (default: as in training)")
+    tile = "run overlapping windows over each picture, for those with far more pixels than trained"
+    add("--tile", action="store_true", help=tile)
+    scale = "with --tile, pixels of a window per pixel of the picture (default: median in training)"
+    add("--scale", type=float, help=scale)
     amp = "autocast (default: as in training)"
     add("--amp", choices=["auto", "off", "bf16", "fp16"], help=amp)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    return parser
+
+
+def check_running(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what no network can be run with."""
+    if args.scale is not None and not args.tile:
+        parser.error(f"--scale {args.scale:g} is of --tile: give both")
+    if args.scale is not None and not LOWEST_SCALE <= args.scale <= HIGHEST_SCALE:
+        parser.error(f"--scale {args.scale:g}: give {LOWEST_SCALE} to {HIGHEST_SCALE}")
 
 
 class Subject(NamedTuple):
@@ -241,20 +265,25 @@ def validated(state: dict, manifest: Manifest) -> np.ndarray:
 
 
 def load_predictor(
-    path: str, device: torch.device, amp: str | None = None, size: int | None = None, flip=False
+    path: str, device: torch.device, args: argparse.Namespace, size: int | None = None
 ) -> Predictor:
-    """The network of a checkpoint, in size and precision as trained, unless told."""
+    """The network of a checkpoint, in size, scale and precision as trained, unless told."""
     state = load_checkpoint(path, mmap=True)
+    scale = (args.scale or state.get("scale")) if args.tile else None
+    if args.tile and not scale:
+        raise UserError(f"{path} does not say at which scale it was trained: give --scale")
     trained = state["args"]["amp"]
     trained = "off" if trained == "fp16" and device.type == "cpu" else trained
     model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
-    return Predictor(model, size, device, amp_dtype(amp or trained, device), flip)
+    dtype = amp_dtype(args.amp or trained, device)
+    tiling = Tiling(scale, size, len(state["classes"]), device, args.batch_size) if scale else None
+    return Predictor(model, size, device, dtype, args.flip, tiling)
 
 
 def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
     """The pixel counts of a checkpoint."""
-    predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
-    loading = (predictor.size, args.batch_size, args.workers)
+    predictor = load_predictor(subject.path, device, args, args.size)
+    loading = (None if args.tile else predictor.size, args.batch_size, args.workers)
     loader = evaluation_loader(subject.manifest, subject.indices, *loading)
     return evaluate(predictor, loader, subject.path)
 
@@ -266,7 +295,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
+    predictor = load_predictor(subject.path, device, args, args.size)
     examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
@@ -278,7 +307,7 @@ def show_subject(
 ) -> Shown:
     """A checkpoint's part of the page, of which it is the `number`."""
     state, manifest = load_checkpoint(subject.path, mmap=True), subject.manifest
-    predictor = load_predictor(subject.path, device, args.amp, args.size, args.flip)
+    predictor = load_predictor(subject.path, device, args, args.size)
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
     figures = []
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
@@ -343,6 +372,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--panels and --workers (to {MOST_WORKERS}) start at 0, --batch-size at 1")
     if args.size is not None and not 32 <= args.size <= LARGEST_SIZE:
         parser.error(f"--size {args.size}: give 32 to {LARGEST_SIZE}")
+    check_running(parser, args)
     check_outputs(args)
     device = pick_device(args.device)
     subjects = [find_subject(path, args) for path in args.ckpt]
@@ -358,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
         confusion = evaluate_subject(subject, args, device)
         classes = subject.manifest.classes
         entries.append(metrics.report(subject.path, classes, confusion, intervals, subject.images))
-        entries[-1] |= {"origin": subject.origin, "flip": args.flip}
+        entries[-1] |= {"origin": subject.origin, "flip": args.flip, "tile": args.tile}
         all_counts.append(confusion.counts.cpu().numpy())
     if intervals:
         metrics.add_differences(entries, all_counts)

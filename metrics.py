@@ -237,6 +237,13 @@ def tables(entries: list[dict]) -> list[Table]:
     return result
 
 
+def evaluated(entry: dict) -> str:
+    """On which images a checkpoint was evaluated, and how."""
+    words = f"{entry['images']} {entry['evaluated_on']} images"
+    words += ", with their mirror images" if entry.get("flip") else ""
+    return words + (", in tiles" if entry.get("tile") else "")
+
+
 def comparison_table(entries: list[dict]) -> Table:
     """IoU of every class and the means, a row per checkpoint, below it the intervals."""
     first = entries[0]
@@ -249,8 +256,7 @@ def comparison_table(entries: list[dict]) -> Table:
             rows.append(["", *map(span, pairs), ""])
     rows.append(["images with it", *map(str, first["images_with_class"].values()), "", "", ""])
     note = "; below each its 95% interval over images" if "interval" in first else ""
-    flip = ", with their mirror images" if first.get("flip") else ""
-    return f"IoU in % on {first['images']} {first['evaluated_on']} images{flip}{note}", rows
+    return f"IoU in % on {evaluated(first)}{note}", rows
 
 
 def seeds_table(entries: list[dict], all_counts: list[np.ndarray], settings: list[str]) -> Table:
@@ -302,8 +308,7 @@ def class_table(entry: dict) -> Table:
     rows.append(["pixel accuracy", percent(entry["pixel_accuracy"]), "", "", "", ""])
     for name, pixels in entry["false_positives"].items():
         rows.append([f"{name}: {pixels} pixels, though no image holds it", *[""] * 5])
-    flip = ", with their mirror images" if entry.get("flip") else ""
-    return f"{entry['ckpt']} on {entry['images']} {entry['evaluated_on']} images{flip}, in %", rows
+    return f"{entry['ckpt']} on {evaluated(entry)}, in %", rows
 
 
 def confusion_table(entry: dict) -> Table:

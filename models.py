@@ -376,6 +376,8 @@ def check_state(state: dict) -> None:
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         if not isinstance(arguments.get(name), type_):
             raise ValueError(name)
+    if not 0 < state.get("scale", 1) <= LARGEST_SIZE:
+        raise ValueError("scale")
     for line in state.get("progress", {}).get("history", []):
         numbers = [*map(line["val_iou"].get, classes), line["val_foreground_miou"]]
         numbers += [line["train_loss"], line.get("val_loss"), line["lr"] + 0, line["epoch"] + 0]

@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import common
 from common import UserError
 from dataset import evaluation_input, padded_size, to_tensor
-from evaluate import Predictor, load_predictor
+from evaluate import Predictor, add_running, check_running, load_predictor
 from images import read_image
 from models import load_checkpoint, pick_device
 from report import overlay
@@ -35,6 +35,8 @@ from report import overlay
 OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
 PROBABILITIES = {"probabilities": ".png"}  # of the labels: 1 to 255 for 1/255 to 1
 LONGEST_JPEG = 65_500  # pixels per side
+STRIP = 2**22  # pixels that are drawn at once
+LARGEST = 2**29  # pixels of a picture for --tile: 2 GB; else Pillow's own limit, 2**27.4
 
 
 def find_files(names: list[str]) -> list[Path]:
@@ -72,11 +74,13 @@ def read(path: Path, upright: bool) -> Image.Image | UserError:
 def batches(
     files: list[Path], size: int, upright: bool, batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
-    """The images among `files` in batches of one padded size; names those that it skips."""
+    """The images among `files` in batches of one padded size; names those that it skips. A batch
+    is held by whoever takes it alone: one picture may have gigabytes."""
     stems = {}
     for first in tqdm(range(0, len(files), batch_size), unit="batch", disable=None):
         chunk, groups = files[first : first + batch_size], defaultdict(list)
-        for path, image in zip(chunk, pool.map(partial(read, upright=upright), chunk)):
+        images = pool.map(partial(read, upright=upright), chunk)
+        for path, image in zip(chunk, images):
             taken = stems.get(path.stem.casefold())  # some file systems know no case
             if not isinstance(image, UserError) and taken:
                 image = UserError(f"{path} would have the same outputs as {taken}")
@@ -85,7 +89,9 @@ def batches(
                 continue
             stems[path.stem.casefold()] = path
             groups[padded_size(image.height, image.width, size)].append((path, image))
-        yield from groups.values()
+        del image
+        while groups:
+            yield groups.popitem()[1]
 
 
 @torch.inference_mode()
@@ -94,27 +100,49 @@ def predict_labels(
 ) -> Iterator[list[np.ndarray]]:
     """(H, W) uint8 labels of each image, RGB of one padded size: those that evaluate.py gives; and
     their `probabilities`, if wanted, (H, W) uint8 in 255ths."""
-    inputs = [evaluation_input(to_tensor(image), predictor.size) for image in images]
-    sizes = [(image.height, image.width) for image in images]
-    for logits, size in zip(predictor.logits(torch.stack(inputs), sizes), sizes):
-        labels, probability = predictor.labels_and_probability(logits, *size, probabilities)
-        found = [labels]
-        if probabilities:
-            found.append((255 * probability).round().clamp(1, 255).byte())
-        yield [tensor.cpu().numpy() for tensor in found]
+    if predictor.tiling:
+        found = (predictor.tiled(image, probabilities) for image in images)
+    else:
+        inputs = [evaluation_input(to_tensor(image), predictor.size) for image in images]
+        sizes = [(image.height, image.width) for image in images]
+        pairs = zip(predictor.logits(torch.stack(inputs), sizes), sizes)
+        wanted = probabilities
+        found = (predictor.labels_and_probability(logits, *size, wanted) for logits, size in pairs)
+    for tensors in found:
+        yield [tensor.cpu().numpy() for tensor in tensors if tensor is not None]
 
 
 def write_outputs(
     out: Path, colors: list, shown: list[bool], item: tuple[Path, Image.Image], found: list
 ) -> None:
     """Write mask, coloured mask and overlay of an image, and what else was `found`, from (H, W)
-    uint8 labels. Those that are not `shown` become background."""
+    uint8 labels. Those that are not `shown` become background. The image is drawn over."""
     (path, image), (labels, *probability) = item, found
-    labels = labels if all(shown) else labels * np.array(shown)[labels]
-    pictures = [Image.fromarray(labels), common.color_mask(labels, colors)]
-    pictures += [overlay(image, labels, colors), *map(Image.fromarray, probability)]
-    for (folder, suffix), picture in zip((OUTPUTS | PROBABILITIES).items(), pictures):
-        common.write_image(out / folder / (path.stem + suffix), picture)
+    labels = (np.arange(len(shown)) * shown).astype(np.uint8)[labels]
+
+    def write(folder: str, picture: Image.Image) -> None:
+        name = path.stem + (OUTPUTS | PROBABILITIES)[folder]
+        common.write_image(out / folder / name, picture)
+
+    write("masks_raw", Image.fromarray(labels))
+    draw_over(image, labels, partial(overlay, colors=colors))
+    write("overlays", image)
+    draw_over(image, labels, lambda _, part: common.color_mask(part, colors))
+    write("masks_colored", image)
+    for picture in probability:
+        write("probabilities", Image.fromarray(picture))
+
+
+def draw_over(image: Image.Image, labels: np.ndarray, draw: Callable) -> None:
+    """Replace an image by what `draw` makes of it and its labels, a strip at a time, so that a
+    large picture does not exist twice."""
+    height = max(1, STRIP // image.width)
+    for top in range(0, image.height, height):
+        # With the rows beside them, on which outlines depend.
+        first, last = max(0, top - 1), min(image.height, top + height + 1)
+        strip = draw(image.crop((0, first, image.width, last)), labels[first:last])
+        below = min(image.height, top + height)
+        image.paste(strip.crop((0, top - first, image.width, below - first)), (0, top))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,13 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
     probability = "write probabilities/<stem>.png too: of the label, in 255ths"
     add("--probabilities", action="store_true", help=probability)
     add("--classes", nargs="+", metavar="CLASS", help="write these only, others as background")
-    add("--flip", action="store_true", help="average with what the mirror image gives")
     exif = "picture that is segmented (default: as in the training)"
     add("--exif", choices=["stored", "upright"], help=exif)
-    add("--batch-size", type=int, help="images at once (default: 8 on a GPU; 2 on a CPU, for 4 GB)")
-    amp = "autocast (default: as in training)"
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], help=amp)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    batch = "images, or windows, at once (default: 8 on a GPU; 2 on a CPU, for 4 GB)"
+    add("--batch-size", type=int, help=batch)
+    add_running(parser)
     return parser
 
 
@@ -144,8 +170,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")
+    check_running(parser, args)
     device = pick_device(args.device)
-    batch_size = args.batch_size or (2 if device.type == "cpu" else 8)
+    args.batch_size = args.batch_size or (2 if device.type == "cpu" else 8)
+    if args.tile:
+        Image.MAX_IMAGE_PIXELS = LARGEST // 2  # Pillow refuses what has twice as many
     files = find_files(args.images)
     inputs = {os.path.realpath(path) for path in files}
     folders = OUTPUTS | (PROBABILITIES if args.probabilities else {})
@@ -159,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in classes[1:]:
             raise UserError(f"--classes {name}: choose from {', '.join(classes[1:])}")
     shown = [args.classes is None or name in args.classes for name in classes]
-    predictor = load_predictor(args.ckpt, device, args.amp, flip=args.flip)
+    predictor = load_predictor(args.ckpt, device, args)
     upright = state.get("upright", True) if args.exif is None else args.exif == "upright"
     del state  # the optimizer's part is twice as large as the model
     for folder in folders:
@@ -168,11 +197,12 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # on metadata, without the file's name
     done = 0
     with ThreadPoolExecutor(common.default_workers()) as pool:
-        for batch in batches(files, predictor.size, upright, batch_size, pool):
-            images = [image for _, image in batch]
-            found = predict_labels(predictor, images, args.probabilities)
+        count = 1 if args.tile else args.batch_size
+        for batch in batches(files, predictor.size, upright, count, pool):
+            found = predict_labels(predictor, [image for _, image in batch], args.probabilities)
             write = partial(write_outputs, args.out, colors, shown)
-            done += sum(1 for _ in pool.map(write, batch, found))
+            done += len(list(pool.map(write, batch, found)))
+            del batch, found  # before the next is read
     skipped = len(files) - done
     print(f"images: {done}, skipped files: {skipped}; {', '.join(folders)} are in {args.out}")
     return 1 if skipped else 0

@@ -83,6 +83,7 @@ class Run:
         how = (args.seed, args.val_split, args.group)
         train_indices, self.val_indices = dataset.split_indices(manifest, *how)
         self.upright = bool(manifest.upright[train_indices].mean() > 0.5)
+        self.scale = args.size / float(np.median(manifest.sizes[train_indices].min(axis=1)))
         self.rare = dataset.rare_classes(manifest, train_indices, args.rare)
         if args.oversample > 1 and not self.rare:
             raise UserError("--oversample: no class is in fewer than 5% of the images: use --rare")
@@ -395,6 +396,7 @@ class Run:
             "colors": [list(color) for color in self.manifest.colors],
             "val_ids": self.manifest.keys(self.val_indices),
             "upright": self.upright,
+            "scale": self.scale,
             "fingerprint": self.manifest.fingerprint,
             "images_per_step": self.batches.images_per_step,
             "class_weights": self.named_weights,

@@ -97,8 +97,8 @@ def on_fake_cuda(model):
 def evaluation_step(model, device, images, masks):
     confusion = ConfusionMatrix(2, len(CLASSES), torch.device(device))
     predictor = Predictor(model, 32, images.device)
-    for row, logits, mask in predictor.predict(a_loader(images, masks)):
-        confusion.update(row, predictor.labels(logits, *mask.shape), mask)
+    for row, labels, mask, logits in predictor.predict(a_loader(images, masks)):
+        confusion.update(row, labels, mask)
         confusion.loss += predictor.loss(logits, mask)
     return confusion
 

@@ -82,8 +82,7 @@ def test_equals_evaluation(data, coco, lively, tmp_path, batch_size):
     seen = set()
     with torch.inference_mode():
         predictor = Predictor(model_from_checkpoint(state, CPU), state["args"]["size"], CPU)
-        for row, logits, mask in predictor.predict(loader):
-            labels = predictor.labels(logits, *mask.shape)
+        for row, labels, _, _ in predictor.predict(loader):
             stem = os.path.splitext(os.path.basename(manifest.files[row]))[0]
             np.testing.assert_array_equal(masks[stem], labels.numpy())
             seen.add(stem)
@@ -458,7 +457,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(lively, tmp_path):
     assert result.stderr.splitlines()[-1].startswith(f"predict.py: error: cannot write {overlay} (")
     assert "Traceback" not in result.stderr
     written = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert [path.parent.name for path in written] == ["masks_colored", "masks_raw"]
+    assert [path.parent.name for path in written] == ["masks_raw"]
     for path in written:
         Image.open(path).load()
 

@@ -481,9 +481,11 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
 
     out = tmp_path / "run"
     run(data, out, "--epochs", 1, "--amp", "bf16")
-    cpu = torch.device("cpu")
-    assert evaluate.load_predictor(out / "last.pt", cpu).dtype == torch.bfloat16
-    predictor = evaluate.load_predictor(out / "last.pt", cpu, "off", 48)
+    cpu, line = torch.device("cpu"), ["--ckpt", str(out / "last.pt")]
+    args = evaluate.build_parser().parse_args(line)
+    assert evaluate.load_predictor(out / "last.pt", cpu, args).dtype == torch.bfloat16
+    args.amp = "off"
+    predictor = evaluate.load_predictor(out / "last.pt", cpu, args, 48)
     assert (predictor.dtype, predictor.size) == (None, 48)
 
 

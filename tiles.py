@@ -1,0 +1,150 @@
+"""Labels of a picture from windows of the size at which a network was trained.
+
+    labels, _ = tiled_labels(predictor.run, Tiling(scale=1.0, side=512, classes=5), picture)
+
+The picture is taken at one scale, whatever its size. Windows overlap by half; their logits are
+added with weights that fall to the windows' edges, and rows that are complete become labels, from
+top to bottom. So memory grows with a row of windows, not with the picture times the classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from dataset import FILL, to_tensor
+
+SUMS = 2**25  # logits that are held at once, as float32: 128 MB
+PIXELS = 2**22  # of the picture, that become labels at once
+
+
+class Tiling(NamedTuple):
+    """Pixels of a window per pixel of the picture, pixels of a window's side, classes of the
+    network, the device, and how many windows it takes at once."""
+
+    scale: float
+    side: int
+    classes: int
+    device: torch.device
+    batch_size: int = 1
+
+
+def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(H, W) uint8 labels from the (H, W) float32 logits of each class in turn, so that those of
+    all classes need never exist at once; of equal logits the lowest label wins. And (H, W) uint8
+    their probabilities in 255ths, if `wanted`."""
+    planes = iter(planes)
+    best = next(planes).clone()
+    labels = torch.zeros_like(best, dtype=torch.uint8)
+    total = best.clone() if wanted else None  # log of the sum of exp(logits)
+    for label, values in enumerate(planes, start=1):
+        labels.masked_fill_(values > best, label)
+        torch.maximum(best, values, out=best)
+        if wanted:
+            torch.logaddexp(total, values, out=total)
+    if not wanted:
+        return labels, None
+    return labels, (255 * (best - total).exp()).round().clamp(1, 255).byte()
+
+
+def windows(length: int, side: int) -> list[tuple[int, Tensor]]:
+    """Where windows of that side begin along an axis, each half a side after the one before, the
+    last at the end; and (side,) float32 weights of each, whose sum is 1 at every place."""
+    starts = [*range(0, length - side, side // 2), length - side]
+    distance = torch.arange(side) + 0.5
+    ramp, total = torch.minimum(distance, side - distance), torch.zeros(length)
+    for start in starts:
+        total[start : start + side] += ramp
+    return [(start, ramp / total[start : start + side]) for start in starts]
+
+
+def neighbours(length: int, scaled: int) -> Tensor:
+    """(3, length) float64: of each pixel the two of `scaled` between which its centre lies, and the
+    share of the second. It is the bilinear interpolation of `torch.nn.functional.interpolate`."""
+    places = (torch.arange(length, dtype=torch.float64) + 0.5) * (scaled / length) - 0.5
+    places = places.clamp(0, scaled - 1)
+    lower = places.floor()
+    return torch.stack([lower, (lower + 1).clamp(max=scaled - 1), places - lower])
+
+
+def interpolated(plane: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(H, W) values at the `neighbours` in an (h, w) plane."""
+    above, below, share = rows[0].long(), rows[1].long(), rows[2].float()[:, None]
+    plane = torch.lerp(plane[above], plane[below], share)
+    left, right, share = columns[0].long(), columns[1].long(), columns[2].float()
+    return torch.lerp(plane[:, left], plane[:, right], share)
+
+
+def scaled_rows(picture: Image.Image, size: tuple[int, int], top: int, side: int) -> Tensor:
+    """(3, side, W) uint8 rows from `top` of an RGB picture resized to a `size` (H, W), padded with
+    the mean colour to `side` rows and columns."""
+    height, width = min(side, size[0] - top), size[1]
+    step = picture.height / size[0]
+    box = (0, top * step, picture.width, min((top + height) * step, picture.height))
+    rows = to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    return F.pad(rows, [0, 0, max(0, side - width), side - height], fill=FILL)
+
+
+def complete_rows(
+    run: Callable, tiling: Tiling, picture: Image.Image, size: tuple, left: int, right: int
+) -> Iterator[tuple[int, Tensor, int]]:
+    """Weighted logits in the columns from `left` to `right` of a picture at a `size` (H, W), summed
+    over the windows. After each row of windows: the number of a row, (C, h, right - left) float32
+    from that one on, and the row where those that are complete end."""
+    _, side, classes, device, batch_size = tiling
+    across = windows(max(size[1], side), side)
+    across = [(x, weights) for x, weights in across if x < right and x + side > left]
+    down = windows(max(size[0], side), side)
+    ends = [top for top, _ in down[1:]] + [size[0]]
+    sums = torch.zeros(classes, 1 + side, right - left, device=device)
+    bar = tqdm(zip(down, ends), "tiles", len(down), leave=False, disable=None, unit="row", delay=2)
+    for (top, row_weights), end in bar:
+        rows = scaled_rows(picture, size, top, side)
+        for first in range(0, len(across), batch_size):
+            batch = across[first : first + batch_size]
+            images = torch.stack([rows[:, :, x : x + side] for x, _ in batch])
+            for (x, weights), logits in zip(batch, run(images.to(device))):
+                inside = slice(max(left, x) - x, min(right, x + side) - x)
+                weights = (row_weights[:, None] * weights[inside]).to(device)
+                target = sums[:, 1:, x + inside.start - left : x + inside.stop - left]
+                target += weights * logits[:, :, inside]
+        yield top - 1, sums, end
+        sums = torch.cat([sums[:, end - top :], torch.zeros_like(sums[:, : end - top])], dim=1)
+
+
+@torch.inference_mode()
+def tiled_labels(
+    run: Callable, tiling: Tiling, picture: Image.Image, wanted: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(H, W) uint8 labels of an RGB picture; and their probabilities in 255ths, if `wanted`.
+
+    `run` gives (N, C, side, side) logits of (N, 3, side, side) uint8 windows, both on the device.
+    Where a row of windows has too many logits, the picture is done in blocks of columns, at the
+    price of running the windows that two blocks share twice.
+    """
+    native, device = (picture.height, picture.width), tiling.device
+    size = tuple(max(1, round(tiling.scale * length)) for length in native)
+    rows, columns = (neighbours(*lengths) for lengths in zip(native, size))
+    found = [torch.zeros(native, dtype=torch.uint8, device=device) for _ in range(1 + wanted)]
+    block, chunk = (
+        max(tiling.side, SUMS // (tiling.classes * tiling.side)),
+        max(1, PIXELS // native[1]),
+    )
+    for left in range(0, size[1], block):
+        first, last = torch.searchsorted(columns[0], torch.tensor([left, left + block])).tolist()
+        across = (columns[:, first:last] - torch.tensor([[left], [left], [0]])).to(device)
+        right, done = min(left + block + 1, size[1]), 0
+        for start, sums, end in complete_rows(run, tiling, picture, size, left, right):
+            stop = int(torch.searchsorted(rows[1], end))
+            for top in range(done, stop, chunk):
+                bottom = min(top + chunk, stop)
+                down = (rows[:, top:bottom] - torch.tensor([[start], [start], [0]])).to(device)
+                parts = best_labels((interpolated(x, down, across) for x in sums), wanted)
+                for target, part in zip(found, parts):
+                    target[top:bottom, first:last] = part
+            done = stop
+    return found[0], found[1] if wanted else None
