@@ -35,7 +35,7 @@ from report import overlay
 OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
 PROBABILITIES = {"probabilities": ".png"}  # of the labels: 1 to 255 for 1/255 to 1
 LONGEST_JPEG = 65_500  # pixels per side
-STRIP = 2**22  # pixels that are drawn at once
+STRIP = 2**20  # pixels that are drawn at once
 LARGEST = 2**29  # pixels of a picture for --tile: 2 GB; else Pillow's own limit, 2**27.4
 
 
@@ -118,7 +118,7 @@ def write_outputs(
     """Write mask, coloured mask and overlay of an image, and what else was `found`, from (H, W)
     uint8 labels. Those that are not `shown` become background. The image is drawn over."""
     (path, image), (labels, *probability) = item, found
-    labels = (np.arange(len(shown)) * shown).astype(np.uint8)[labels]
+    labels = labels if all(shown) else (np.arange(len(shown)) * shown).astype(np.uint8)[labels]
 
     def write(folder: str, picture: Image.Image) -> None:
         name = path.stem + (OUTPUTS | PROBABILITIES)[folder]

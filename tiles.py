@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dataset import FILL, to_tensor
 
-SUMS = 2**25  # logits that are held at once, as float32: 128 MB
-PIXELS = 2**22  # of the picture, that become labels at once
+SUMS = 2**24  # logits that are held at once, as float32: 64 MB
+PIXELS = 2**20  # of the picture, that become labels at once
 
 
 class Tiling(NamedTuple):
@@ -113,7 +113,9 @@ def complete_rows(
                 target = sums[:, 1:, x + inside.start - left : x + inside.stop - left]
                 target += weights * logits[:, :, inside]
         yield top - 1, sums, end
-        sums = torch.cat([sums[:, end - top :], torch.zeros_like(sums[:, : end - top])], dim=1)
+        kept = 1 + side - (end - top)
+        sums[:, :kept] = sums[:, end - top :].clone()
+        sums[:, kept:] = 0
 
 
 @torch.inference_mode()
