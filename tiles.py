@@ -48,7 +48,7 @@ def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor,
             torch.logaddexp(total, values, out=total)
     if not wanted:
         return labels, None
-    return labels, (255 * (best - total).exp()).round().clamp(1, 255).byte()
+    return labels, (255 * (best - total).exp()).round().byte()
 
 
 def windows(length: int, side: int) -> list[tuple[int, Tensor]]:
