@@ -77,6 +77,7 @@ class Run:
         self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -2.0, []
         self.loss_sum, self.checked_step = torch.zeros((), device=device), 0
         self.signal, self.wandb, self.wandb_id, self.told = None, None, None, time.monotonic()
+        self.started = 0.0  # when the epoch began; before `fit`, minus the seconds spent on it
         self.origin, self.told_duration = models.origin(device), False
 
         self.manifest = manifest = common.load_manifest(args.data, args.coco_root)
@@ -163,11 +164,11 @@ class Run:
 
     def fit(self) -> None:
         """The epochs that are left; of a network that starts from weights, first what these do."""
+        self.started += time.perf_counter()
         if not self.history and self.args.weights != "none":
-            self.validate({}, time.perf_counter())
+            self.validate({})
         while self.epoch < self.args.epochs:
-            started = time.perf_counter()
-            self.validate(self.train_one_epoch(), started)
+            self.validate(self.train_one_epoch())
             if self.epoch < self.args.epochs:
                 self.check_signal()
         best = self.out / "best.pt"
@@ -320,7 +321,7 @@ class Run:
         if self.signal:
             self.stop()
 
-    def validate(self, trained: dict[str, float], started: float) -> None:
+    def validate(self, trained: dict[str, float]) -> None:
         """Evaluate, save, log, end the epoch that was `trained`, if there was one: best.pt if it is
         the best, last.pt in any case."""
         self.save("last.pt")  # whatever ends the validation, the epoch is done
@@ -346,7 +347,7 @@ class Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": trained.get("images_per_second"),
             "data_wait": trained.get("data_wait"),
-            "seconds": time.perf_counter() - started,
+            "seconds": time.perf_counter() - self.started,
         }
         if self.scaler.is_enabled() and self.step:
             line["skipped_steps"] = self.skipped_steps()
@@ -354,6 +355,7 @@ class Run:
         better = value > self.best
         self.best = max(value, self.best)
         self.history.append(line)
+        self.started = time.perf_counter()
         if better:
             self.save("best.pt")
         self.save("last.pt")
@@ -388,6 +390,7 @@ class Run:
         finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all()
         self.require(bool(finite), "the weights became infinite or not a number")
         progress = {key: getattr(self, key) for key in PROGRESS}
+        progress["seconds"] = time.perf_counter() - self.started if self.batch else 0.0
         state = {
             "model": weights,
             "progress": progress | {"loss_sum": float(self.loss_sum)},
@@ -438,6 +441,7 @@ class Run:
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.loss_sum += state["progress"]["loss_sum"]
+        self.started = -state["progress"].get("seconds", 0)
         self.checked_step, self.wandb_id = self.step, state["wandb_id"]
         self.origin = state.get("origin", self.origin)
 
@@ -647,7 +651,7 @@ def check_run(state: dict) -> None:
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("progress")
     json.dumps([dict(line) for line in progress.get("history", [])])
-    float(progress["best"]), float(progress["loss_sum"])
+    float(progress["best"]), float(progress["loss_sum"]), float(progress.get("seconds", 0))
 
 
 def refuse_taken(last: Path) -> None:

@@ -1,12 +1,16 @@
 """Exported files give predict.py's labels, on pictures of other sizes than they were made with."""
 
+import ast
 import builtins
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import SCRIPTS, TINY
 from PIL import Image
 
 import export
@@ -50,6 +54,11 @@ def trained(request, data, tmp_path_factory):
     return path, images, masks
 
 
+def found_labels(picture, colors):
+    """The labels whose colours a picture has."""
+    return [colors.index(color.tolist()) for color in np.unique(picture.reshape(-1, 3), axis=0)]
+
+
 def assert_alike(run, images, masks):
     for image, mask in zip(images, masks):
         labels = np.asarray(run(image))
@@ -84,6 +93,29 @@ def test_onnx(trained, tmp_path):
     assert metadata["classes"][4] == "dog"
 
 
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_documented_examples(trained, tmp_path, suffix):
+    """The lines of docs/export.md, on a picture whose labels predict.py has given."""
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    path, images, masks = trained
+    export.main(["--ckpt", str(path), "--out", str(tmp_path / f"model.{suffix}")])
+    code = re.findall(r"```python\n(.*?)```", (SCRIPTS / "docs" / "export.md").read_text(), re.S)
+    (code,) = [block for block in code if f"model.{suffix}" in block]
+    Image.fromarray(images[0][0].transpose(1, 2, 0)).save(tmp_path / "photo.png")
+    line = [sys.executable, "-c", code, "photo.png"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    known = load_checkpoint(path)
+    found = np.array(Image.open(tmp_path / "labels.png"))
+    expected = np.array(known["colors"])[masks[0]]
+    assert (found == expected).all(axis=2).mean() >= 0.999
+    assert {known["classes"][label] for label in np.unique(masks[0])} <= set(
+        ast.literal_eval(result.stdout)
+    )
+
+
 def test_sizes_are_rounded_in_integers():
     """As by fractions, whose halves are rounded up."""
     from fractions import Fraction
@@ -107,8 +139,6 @@ def test_refusals(checkpoint, tmp_path, refused, monkeypatch):
         if name.split(".")[0] in ("onnxscript", "onnx"):
             raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *rest, **named)
-
-    import sys
 
     for name in [name for name in sys.modules if name.split(".")[0] in ("onnxscript", "onnx")]:
         monkeypatch.delitem(sys.modules, name)

@@ -154,6 +154,31 @@ def test_resume_after_an_epoch_or_inside_one_ends_bit_equal(
     same_run(alone, stopped)
 
 
+def test_the_seconds_of_an_epoch_are_those_before_an_interruption_too(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    flags = ["--data", str(data), *TINY, "--model", "unet", "--epochs", "3", "--out", str(out)]
+    original = Run.train_step
+
+    def step(run, batches):
+        if run.step + 1 == 8:  # the second of the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, batches)
+
+    monkeypatch.setattr(Run, "train_step", step)
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    monkeypatch.undo()
+    state = load_checkpoint(out / "last.pt")
+    assert state["progress"]["batch"] == 2
+    assert 0 < state["progress"]["seconds"] < 100
+    state["progress"]["seconds"] = 1000.0
+    save_checkpoint(out / "last.pt", state)
+    train.main(["--out", str(out), "--resume"])
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [line["seconds"] > 1000 for line in lines] == [False, True, False]
+    assert load_checkpoint(out / "last.pt")["progress"]["seconds"] == 0
+
+
 def test_the_number_of_workers_changes_no_bit(data, tmp_path):
     flags = ["--data", str(data), *TINY, "--model", "deeplab", "--weights", "none", "--epochs", "1"]
     flags = [*flags, "--batch-size", "12", "--width", "64"]
