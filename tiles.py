@@ -1,6 +1,6 @@
 """Labels of a picture from windows of the size at which a network was trained.
 
-    labels, _ = tiled_labels(predictor.run, Tiling(scale=1.0, side=512, classes=5), picture)
+    labels, _ = tiled_labels(predictor.run, Tiling(1.0, 512, len(classes), device), picture)
 
 The picture is taken at one scale, whatever its size. Windows overlap by half; their logits are
 added with weights that fall to the windows' edges, and rows that are complete become labels, from
@@ -23,14 +23,13 @@ PIXELS = 2**20  # of the picture, that become labels at once
 
 
 class Tiling(NamedTuple):
-    """Pixels of a window per pixel of the picture, pixels of a window's side, classes of the
-    network, the device, and how many windows it takes at once."""
+    """How a picture is cut, and for what network."""
 
-    scale: float
-    side: int
+    scale: float  # pixels of a window per pixel of the picture
+    side: int  # of a window
     classes: int
     device: torch.device
-    batch_size: int = 1
+    batch_size: int = 1  # windows at once
 
 
 def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -132,10 +131,8 @@ def tiled_labels(
     size = tuple(max(1, round(tiling.scale * length)) for length in native)
     rows, columns = (neighbours(*lengths) for lengths in zip(native, size))
     found = [torch.zeros(native, dtype=torch.uint8, device=device) for _ in range(1 + wanted)]
-    block, chunk = (
-        max(tiling.side, SUMS // (tiling.classes * tiling.side)),
-        max(1, PIXELS // native[1]),
-    )
+    block = max(tiling.side, SUMS // (tiling.classes * tiling.side))
+    chunk = max(1, PIXELS // native[1])
     for left in range(0, size[1], block):
         first, last = torch.searchsorted(columns[0], torch.tensor([left, left + block])).tolist()
         across = (columns[:, first:last] - torch.tensor([[left], [left], [0]])).to(device)
