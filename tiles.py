@@ -5,6 +5,7 @@
 The picture is taken at one scale, whatever its size. Windows overlap by half; their logits are
 added with weights that fall to the windows' edges, and rows that are complete become labels, from
 top to bottom. So memory grows with a row of windows, not with the picture times the classes.
+(nnU-Net, Isensee et al. 2021, overlaps its windows by as much; its weights are a Gaussian.)
 """
 
 from collections.abc import Callable, Iterable, Iterator
