@@ -11,7 +11,6 @@ import colorsys
 import errno
 import glob
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, NoReturn, TextIO
 
 import numpy as np
@@ -218,13 +218,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """`atomic_write` of a PNG or JPEG; by way of memory, since Pillow overlooks a full disk."""
-    content = io.BytesIO()
+    """`atomic_write` of a PNG or JPEG."""
     # PNG ignores quality, JPEG compress_level; subsampled colours would blur the outlines.
     kind = "PNG" if path.suffix == ".png" else "JPEG"
-    image.save(content, kind, compress_level=1, quality=90, subsampling=0)
     with atomic_write(path, sync=False) as file:
-        file.write(content.getbuffer())
+        plain = SimpleNamespace(write=file.write)  # writing to its fileno, Pillow overlooks errors
+        image.save(plain, kind, compress_level=1, quality=90, subsampling=0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -158,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--classes", nargs="+", metavar="CLASS", help="write these only, others as background")
     exif = "picture that is segmented (default: as in the training)"
     add("--exif", choices=["stored", "upright"], help=exif)
-    batch = "images, or windows, at once (default: 8 on a GPU; 2 on a CPU, for 4 GB)"
+    batch = "images, or windows, at once (default: 8 on a GPU; on a CPU 2 images, or 1 window)"
     add("--batch-size", type=int, help=batch)
     add_running(parser)
     return parser
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch-size {args.batch_size}: give 1 or more")
     check_running(parser, args)
     device = pick_device(args.device)
-    args.batch_size = args.batch_size or (2 if device.type == "cpu" else 8)
+    args.batch_size = args.batch_size or (8 if device.type != "cpu" else 1 if args.tile else 2)
     if args.tile:
         Image.MAX_IMAGE_PIXELS = LARGEST // 2  # Pillow refuses what has twice as many
     files = find_files(args.images)
