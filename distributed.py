@@ -58,6 +58,9 @@ def process_group() -> Iterator[None]:
     store = dist.PrefixStore(RESTARTS, store)
     # Without a name of a backend: tensors on a GPU go by nccl, those on a CPU by gloo.
     dist.init_process_group(store=store, rank=number, world_size=count)
+    if store.add("joined", 1) == count:
+        store.set("all", "joined")
+    store.wait(["all"])  # none may end, as --help does, while another still connects to it
     limit.cancel()
     try:
         with open(os.devnull, "w") as null:
