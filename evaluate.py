@@ -12,7 +12,8 @@ import math
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,14 +58,14 @@ class Predictor(NamedTuple):
     flip: bool = False
     tiling: Tiling | None = None
 
-    def logits(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """(N, C, h, w) logits, on the device, of padded (N, 3, h, w) uint8 images, whose native
-        height and width are the `sizes`. With `flip`, the probabilities are the mean of those of
-        picture and mirror image, and the logits their logarithms."""
+    def logits(self, images: Tensor, widths: Iterable[int]) -> Tensor:
+        """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images that are padded to the
+        right of their `widths`. With `flip`, the probabilities are the mean of those of picture and
+        mirror image, and the logits their logarithms."""
         images = images.to(self.device, non_blocking=True)
         if not self.flip:
             return self.run(images)
-        widths = [resized_size(*size, self.size)[1] for size in sizes]
+        widths = list(widths)
 
         def mirrored(batch: Tensor) -> Tensor:  # but for the padding, which stays to the right
             pairs = ((x[..., :w].flip(-1), x[..., w:]) for x, w in zip(batch, widths))
@@ -77,6 +78,10 @@ class Predictor(NamedTuple):
         """The network's own logits of (N, 3, h, w) uint8 images on the device."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.model(normalize(images))["out"]
+
+    def width(self, height: int, width: int) -> int:
+        """That of an image of this native size before its padding."""
+        return resized_size(height, width, self.size)[1]
 
     def labels(self, logits: Tensor, height: int, width: int) -> Tensor:
         """(H, W) uint8 labels of an image of that native size from its (C, h, w) logits."""
@@ -96,9 +101,10 @@ class Predictor(NamedTuple):
 
     def tiled(self, picture: Image.Image, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
         """The same of an RGB picture, by windows."""
+        width = min(self.size, max(1, round(self.tiling.scale * picture.width)))
 
         def run(images: Tensor) -> Tensor:
-            return self.logits(images, [(self.size, self.size)] * len(images))
+            return self.logits(images, [width] * len(images))
 
         return tiled_labels(run, self.tiling, picture, wanted)
 
@@ -122,7 +128,8 @@ class Predictor(NamedTuple):
                 yield indices[0], self.tiled(picture)[0], masks[0], None
                 continue
             sizes = loader.dataset.manifest.sizes[indices].tolist()
-            items = zip(indices, self.logits(images, sizes), masks, sizes)
+            logits = self.logits(images, starmap(self.width, sizes))
+            items = zip(indices, logits, masks, sizes)
             for index, logits, mask, (height, width) in items:
                 yield index, self.labels(logits, height, width), mask[:height, :width], logits
 

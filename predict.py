@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def predict_labels(
     else:
         inputs = [evaluation_input(to_tensor(image), predictor.size) for image in images]
         sizes = [(image.height, image.width) for image in images]
-        pairs = zip(predictor.logits(torch.stack(inputs), sizes), sizes)
+        widths = starmap(predictor.width, sizes)
+        pairs = zip(predictor.logits(torch.stack(inputs), widths), sizes)
         wanted = probabilities
         found = (predictor.labels_and_probability(logits, *size, wanted) for logits, size in pairs)
     for tensors in found:

@@ -13,7 +13,8 @@ from test_predict import random_checkpoint, run
 
 import evaluate
 import tiles
-from models import load_checkpoint, save_checkpoint
+from evaluate import Predictor
+from models import load_checkpoint, model_from_checkpoint, save_checkpoint
 from tiles import Tiling, scaled_rows, tiled_labels, windows
 
 CPU = torch.device("cpu")
@@ -105,6 +106,18 @@ def test_tiles_equal_the_whole_picture(monkeypatch, height, width, scale, side, 
     assert (labels != best).float().mean() <= 0.001 * larger
     np.testing.assert_allclose(probability, 255 * expected, atol=1.5 if larger else 0.51)
     assert height < 32 or len(labels.unique()) >= 3
+
+
+@pytest.mark.parametrize("width", [40, 64, 160])
+def test_a_symmetric_picture_has_symmetric_labels_with_flip(lively, width):
+    """Narrower than a window too, whose padding is not mirrored in."""
+    half = np.array(blobs(50, width // 2))
+    picture = Image.fromarray(np.concatenate([half, half[:, ::-1]], axis=1))
+    model, tiling = model_from_checkpoint(load_checkpoint(lively), CPU), Tiling(1.0, 64, 5, CPU)
+    with torch.inference_mode():
+        labels, _ = Predictor(model, 64, CPU, flip=True, tiling=tiling).tiled(picture)
+    assert len(labels.unique()) >= 2
+    assert (labels == labels.flip(-1)).float().mean().item() >= 0.99
 
 
 @pytest.mark.parametrize(("height", "scale"), [(200, 0.77), (123, 1.9)])
