@@ -15,7 +15,7 @@ from torch import Tensor
 from common import IGNORE_INDEX
 
 MEANS = {"miou": "mean", "foreground_miou": "foreground mean"}
-FEWEST = 4  # images that hold a class, for an interval of its IoU
+FEWEST, FEWEST_HIT = 4, 2  # images that hold a class, and with a hit, for an interval of its IoU
 MATRIX_LABELS = 12  # up to so many, a confusion matrix is printed whole
 LARGEST = 20  # of more labels, so many confusions
 
@@ -113,10 +113,18 @@ def jackknife(value: float, others: np.ndarray) -> tuple[list[float], float]:
     return [float(value - margin), float(value + margin)], p
 
 
+def judged(counts: np.ndarray) -> np.ndarray:
+    """Whether counts (N, 3, ...) are enough for an interval: `FEWEST` images hold the class, and
+    `FEWEST_HIT` have a hit. Of a class that is never hit all images say 0, which is no certainty.
+    """
+    hit, held = ((counts[:, row] > 0).sum(axis=0) for row in (0, 1))
+    return (held >= FEWEST) & (hit >= FEWEST_HIT)
+
+
 def class_interval(counts: np.ndarray, others: np.ndarray) -> list[float] | None:
     """Interval of a class's IoU from its counts (N, 3), on the logit scale, where it is closer to
-    normal and stays within 0 and 1. None if fewer than `FEWEST` images hold the class."""
-    if (counts[:, 1] > 0).sum() < FEWEST:
+    normal and stays within 0 and 1. None of a class that is not `judged`."""
+    if not judged(counts):
         return None
     union = (counts[:, 1:].sum(axis=1) - counts[:, 0]).sum()
     clip = 0.5 / union  # half a pixel, for 0 and 1 have no logit
@@ -269,7 +277,7 @@ def seeds_table(entries: list[dict], all_counts: list[np.ndarray], settings: lis
         others = np.mean([_columns(leave_one_out(all_counts[run])) for run in runs], axis=0)
         mean = values.mean(axis=0)
         known = ~np.isnan(mean) & (len(others) >= FEWEST)
-        known[:-2] &= (all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST
+        known[:-2] &= np.all([judged(all_counts[run]) for run in runs], axis=0)
         pairs = [
             np.clip(jackknife(value, others[:, column])[0], 0, 1).tolist()
             if known[column]

@@ -10,6 +10,7 @@ from metrics import (
     add_differences,
     class_interval,
     jackknife,
+    judged,
     leave_one_out,
     pick,
     report,
@@ -177,6 +178,20 @@ def test_no_interval_of_a_class_that_three_images_hold():
     rest = pooled - counts
     low, high = class_interval(counts, rest[:, 0] / (rest[:, 1] + rest[:, 2] - rest[:, 0]))
     assert 0 < low < 19 / (40 + 32 - 19) < high < 1
+
+
+def test_no_interval_of_a_class_that_is_hit_in_one_image_or_none():
+    """All of the others say 0 then, or all but one the same: that is no certainty."""
+    counts = np.zeros((20, 3, 2), dtype=np.int64)
+    counts[:, :, 0] = 10
+    counts[:8, 1:, 1] = 10
+    for hit, known in ((0, False), (1, False), (2, True)):
+        counts[:hit, 0, 1] = 4
+        assert judged(counts).tolist() == [True, known]
+        others = leave_one_out(counts)["iou"][:, 1]
+        interval = class_interval(counts[..., 1], others)
+        assert (interval is not None) == known
+    assert interval[0] < 8 / (160 - 8) < interval[1] < 1
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
