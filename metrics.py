@@ -79,10 +79,11 @@ def _mean(values: np.ndarray) -> np.ndarray:
 def leave_one_out(counts: np.ndarray) -> dict[str, np.ndarray]:
     """The pooled "iou" (N, C), "miou" and "foreground_miou" (N,) without each of N images in turn.
 
-    Without its only image a class keeps its IoU: nothing else is known of it."""
+    Without its only image a class has an IoU of 0: so that the intervals of means are wide, since
+    nothing else is known of it."""
     pooled = counts.sum(axis=0)
-    iou, whole = scores(pooled - counts, held=pooled[1] > 0)["iou"], scores(pooled)["iou"]
-    iou = np.where(np.isnan(iou), whole, iou)
+    iou = scores(pooled - counts, held=pooled[1] > 0)["iou"]
+    iou[:, pooled[1] > 0] = np.nan_to_num(iou[:, pooled[1] > 0])
     return {"iou": iou, "miou": _mean(iou), "foreground_miou": _mean(iou[:, 1:])}
 
 
@@ -133,6 +134,15 @@ def class_interval(counts: np.ndarray, others: np.ndarray) -> list[float] | None
     return [float(1 / (1 + np.exp(-end))) for end in ends]
 
 
+def mean_interval(value: float | None, others: np.ndarray) -> list[float] | None:
+    """Interval of a mean of IoU, or of its mean over seeds, from its values without each of the
+    images. None of one that is 0, as nothing is hit, and if there are fewer than `FEWEST` images.
+    """
+    if not value or value != value or len(others) < FEWEST:
+        return None
+    return np.clip(jackknife(value, others)[0], 0, 1).tolist()
+
+
 def report(
     ckpt: str, classes: list[str], confusion: ConfusionMatrix, intervals: bool, images: str
 ) -> dict:
@@ -156,22 +166,22 @@ def report(
         )
         entry["interval"] = {"iou": dict(zip(classes, by_class))}
         for key in MEANS:
-            known = entry[key] is not None and len(counts) >= FEWEST
-            ends = np.clip(jackknife(entry[key], others[key])[0], 0, 1).tolist() if known else None
-            entry["interval"][key] = ends
+            entry["interval"][key] = mean_interval(entry[key], others[key])
     return entry
 
 
 def add_differences(entries: list[dict], all_counts: list[np.ndarray]) -> None:
     """Give all entries but the first the difference of their means to it, on the same images:
-    value, interval, p-value. all_counts: (N, 3, C) of each, the images in the same order."""
+    value, interval, p-value; the latter None of fewer images than `FEWEST`. all_counts: (N, 3, C)
+    of each, the images in the same order."""
     first = leave_one_out(all_counts[0])
     for entry, counts in zip(entries[1:], all_counts[1:]):
         others, entry["difference"] = leave_one_out(counts), {}
         for key in MEANS:
             if entry[key] is not None and entries[0][key] is not None:
-                value = entry[key] - entries[0][key]
-                interval, p = jackknife(value, others[key] - first[key])
+                value, interval, p = entry[key] - entries[0][key], None, None
+                if len(counts) >= FEWEST:
+                    interval, p = jackknife(value, others[key] - first[key])
                 entry["difference"][key] = {"value": value, "interval": interval, "p": p}
 
 
@@ -180,7 +190,8 @@ def winners(all_counts: list[np.ndarray]) -> list[int | None]:
     those of all others, if the intervals of its paired differences to them exclude 0."""
     values = np.stack([_columns(scores(counts.sum(axis=0))) for counts in all_counts])
     best = np.where(np.isnan(values), -1, values).argmax(axis=0)
-    held = [*((all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST), *[True] * len(MEANS)]
+    held = (all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST
+    held = [*held, *[len(all_counts[0]) >= FEWEST] * len(MEANS)]
     clear = np.array(held) & (len(all_counts) > 1) & ~np.isnan(values).any(axis=0)
     others = np.empty((len(all_counts[0]), len(best)))  # of the best of each column
     for number, counts in enumerate(all_counts):
@@ -269,26 +280,22 @@ def comparison_table(entries: list[dict]) -> Table:
 
 def seeds_table(entries: list[dict], all_counts: list[np.ndarray], settings: list[str]) -> Table:
     """A mean for each of the `settings`, of the checkpoints that share it; below it their lowest
-    and highest, and the interval over images of the mean."""
+    and highest, and the interval over images of the mean, where the entries have intervals."""
     rows = [["", *entries[0]["classes"], "mean", "fg mean"]]
     for setting in dict.fromkeys(settings):
         runs = [number for number, own in enumerate(settings) if own == setting]
         values = np.stack([_columns(scores(all_counts[run].sum(axis=0))) for run in runs])
         others = np.mean([_columns(leave_one_out(all_counts[run])) for run in runs], axis=0)
         mean = values.mean(axis=0)
-        known = ~np.isnan(mean) & (len(others) >= FEWEST)
-        known[:-2] &= np.all([judged(all_counts[run]) for run in runs], axis=0)
-        pairs = [
-            np.clip(jackknife(value, others[:, column])[0], 0, 1).tolist()
-            if known[column]
-            else None
-            for column, value in enumerate(mean)
-        ]
+        pairs = list(map(mean_interval, mean, others.T))
+        for label in np.flatnonzero(~np.all([judged(all_counts[run]) for run in runs], axis=0)):
+            pairs[label] = None
         more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
         rows.append([entries[runs[0]]["ckpt"] + more, *map(percent, map(plain, mean))])
         ends = zip(values.min(axis=0).tolist(), values.max(axis=0).tolist())
         rows.append(["lowest to highest", *(span(pair) for pair in ends)])
-        rows.append(["95% interval over images", *map(span, pairs)])
+        if "interval" in entries[0]:
+            rows.append(["95% interval over images", *map(span, pairs)])
     return "Mean over seeds, IoU in %", rows
 
 
@@ -297,9 +304,11 @@ def difference_table(entries: list[dict]) -> Table:
     rows = [["", "of", "points", "95% interval", "p"]]
     for entry in entries[1:]:
         for key, found in entry["difference"].items():
-            points, low, high = (f"{100 * x:+.1f}" for x in (found["value"], *found["interval"]))
-            p = f"{found['p']:.3f}"
-            rows.append([entry["ckpt"], MEANS[key], points, f"{low} to {high}", p])
+            points, *ends = (
+                f"{100 * x:+.1f}" for x in (found["value"], *(found["interval"] or ()))
+            )
+            p = "" if found["p"] is None else f"{found['p']:.3f}"
+            rows.append([entry["ckpt"], MEANS[key], points, " to ".join(ends), p])
     return f"Difference to {entries[0]['ckpt']} on the same images", rows
 
 

@@ -107,10 +107,10 @@ def test_ignored_pixels_count_nowhere():
 def test_leaving_one_out_equals_a_plain_loop():
     counts = counts_of(np.random.default_rng(1).integers(0, 50, (7, 3, 3)))
     counts[1:, :, 2] = 0  # a class of one image
-    fast, whole = leave_one_out(counts), scores(counts.sum(axis=0))
+    fast = leave_one_out(counts)
     for image in range(7):
         slow = scores(np.delete(counts, image, axis=0).sum(axis=0))
-        kept = slow["iou"] if image else np.append(slow["iou"][:2], whole["iou"][2])
+        kept = slow["iou"] if image else np.append(slow["iou"][:2], 0)
         np.testing.assert_allclose(fast["iou"][image], kept)
         assert fast["miou"][image] == pytest.approx(kept.mean())
         assert fast["foreground_miou"][image] == pytest.approx(kept[1:].mean())
@@ -194,6 +194,50 @@ def test_no_interval_of_a_class_that_is_hit_in_one_image_or_none():
     assert interval[0] < 8 / (160 - 8) < interval[1] < 1
 
 
+def test_a_class_of_one_image_makes_no_difference_certain():
+    """Without that image the class counts 0, whether or not a stray pixel is taken for it."""
+    counts = np.zeros((2, 30, 3, 3), dtype=np.int64)
+    counts[:, :, :, 0] = 90
+    counts[:, :, :, 1] = [60, 100, 80]
+    counts[:, 0, :, 2] = [[80, 100, 90], [60, 100, 90]]
+    for stray in (0, 1):
+        counts[:, 1, 2, 2] = stray
+        others = [leave_one_out(each)["iou"] for each in counts]
+        assert others[0][0].tolist() == [1, 0.5, 0]
+        assert others[0][2, 2] == pytest.approx(80 / (110 + stray))
+        pooled = [scores(each.sum(axis=0)) for each in counts]
+        entries = [{key: float(found[key]) for key in metrics.MEANS} for found in pooled]
+        add_differences(entries, list(counts))
+        found = entries[1]["difference"]["foreground_miou"]
+        assert found["value"] < -0.1
+        assert found["p"] > 0.3
+        assert metrics.winners(list(counts)) == [None] * 5
+
+
+def test_three_images_are_no_evidence():
+    counts = np.zeros((2, 3, 3, 2), dtype=np.int64)
+    counts[:, :, :, 0] = 90
+    counts[..., 1] = [[[60, 100, 80]], [[20, 100, 80]]]
+    entries = [{key: float(scores(c.sum(axis=0))[key]) for key in metrics.MEANS} for c in counts]
+    add_differences(entries, list(counts))
+    found = entries[1]["difference"]["miou"]
+    assert found == {"value": pytest.approx(0.5 * (1 / 8 - 1 / 2)), "interval": None, "p": None}
+    assert metrics.winners(list(counts)) == [None] * 4
+    for number, entry in enumerate(entries):
+        entry["ckpt"] = f"{number}.pt"
+    assert metrics.difference_table(entries)[1][1] == ["1.pt", "mean", "-18.8", "", ""]
+
+
+def test_no_interval_of_a_mean_that_is_zero():
+    """Where nothing is hit, nothing varies."""
+    confusion = ConfusionMatrix(9, 3, CPU)
+    confusion.counts[:, 1] = 50
+    confusion.counts[:, :, 0] = 50
+    entry = report("a.pt", ["background", "a", "b"], confusion, True, "all")
+    assert entry["foreground_miou"] == 0
+    assert entry["interval"]["foreground_miou"] is None
+
+
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     """Of 95% intervals of samples from a known population, of which few images hold the class, 93%
     or more hold its IoU, and that of the means. tools/coverage.py has the whole table."""
@@ -240,7 +284,8 @@ def test_runs_that_differ_in_the_seed_share_a_row():
     for counts, hit in zip(all_counts, hits):
         counts[:, :, 1] = hit, 10, hit
         counts[:, :, 0] = 90, 90, 100 - hit
-    entries = [{"ckpt": f"{name}.pt", "classes": ["background", "a"]} for name in "wxyz"]
+    same = {"classes": ["background", "a"], "interval": {}}
+    entries = [{"ckpt": f"{name}.pt", **same} for name in "wxyz"]
     title, rows = metrics.seeds_table(entries, list(all_counts), ["one", "one", "one", "two"])
     assert "seeds" in title
     assert [row[0] for row in rows] == [
@@ -254,3 +299,6 @@ def test_runs_that_differ_in_the_seed_share_a_row():
     all_counts[..., 1, 1] = 0  # no truth: no value, no interval
     _, rows = metrics.seeds_table(entries, list(all_counts), ["one"] * 4)
     assert [row[2] for row in rows[1:]] == ["-", "- to -", ""]
+    without = [{k: v for k, v in entry.items() if k != "interval"} for entry in entries]
+    _, rows = metrics.seeds_table(without, list(all_counts), ["one"] * 4)
+    assert [row[0] for row in rows[1:]] == ["w.pt and 3 more", "lowest to highest"]
