@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from common import BACKGROUND, UserError
+from common import BACKGROUND, IGNORE_INDEX, UserError
 
 # pycocotools walks an outline at five points per pixel, in 32-bit integers: 1e8 crashes it.
 MAX_COORDINATE = 1e6
@@ -513,7 +513,7 @@ def split_tasks(
         if below in files:
             reason, tasks[id_] = "another row holds the image: merged", files[below]
         elif below:
-            reason = _fault(folder / below, split, (id_, below), seen)
+            reason = fault(folder / below, split, (id_, below), seen)
         if reason:
             missing += [folder / name] if reason == "image file is missing" else []
             skipped.add("images", reason, split, name)
@@ -529,7 +529,7 @@ def split_tasks(
     return list(files.values())
 
 
-def _fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
+def fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
     """Why an image file is not to be used: missing, or in an earlier split. Notes it in `seen`."""
     try:
         stat = path.stat()
@@ -545,7 +545,8 @@ def _fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
 
 
 def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, skipped) -> None:
-    """Give the tasks the annotations of chosen classes; those of left out images go with them."""
+    """Give the tasks the annotations of chosen classes, and those of no class, whose pixels are
+    ignored; those of left out images go with them."""
     split, labels = index.source.split, {}
     for id_, name in index.names.items():
         labels[id_] = classes.index(name) if name in classes[1:] else 0
@@ -555,8 +556,10 @@ def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, ski
         if image_id not in owners:
             reason = "annotation of an unknown image"
             skipped.add("annotations", reason, split, image_id, f"#{number}")
-        elif category_id not in labels:
+            continue
+        if category_id not in labels:
             reason = "category is not in categories"
             skipped.add("annotations", reason, split, image_id, f"#{number}")
-        elif labels[category_id] and image_id in tasks:
-            tasks[image_id].annotations.append((labels[category_id], *place))
+        label = labels.get(category_id, IGNORE_INDEX)
+        if label and image_id in tasks:
+            tasks[image_id].annotations.append((label, *place))

@@ -36,6 +36,7 @@ IGNORE_COLOR = (255, 255, 255)
 COLORS = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]
 
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # by a file system
 DEATH = r"DataLoader worker .* (exited unexpectedly|is killed by signal)|DataLoader timed out"
 
 
@@ -70,8 +71,10 @@ class Manifest:
         return len(self.ids)
 
     def keys(self, indices: np.ndarray) -> list[list]:
-        """[split, id] of each image: unique in a manifest, plain types for a checkpoint."""
-        return [[str(self.splits[index]), str(self.ids[index])] for index in indices]
+        """[split, id, file name] of each image, of which the first two are unique in a manifest,
+        but not among manifests: for a checkpoint, in plain types."""
+        columns = (column[indices].tolist() for column in (self.splits, self.ids, self.files))
+        return [[split, id_, file.rpartition("/")[2]] for split, id_, file in zip(*columns)]
 
 
 def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
@@ -173,7 +176,7 @@ def _sync(file: BinaryIO) -> None:
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        if error.errno not in UNSUPPORTED:
             raise
         print(f"warning: the disk of {file.name} knows no fsync ({error})", file=sys.stderr)
 
@@ -208,6 +211,10 @@ def locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             remedy = "wait until it has ended, or take another --out"
             raise UserError(f"{folder} is in use by another run: {remedy}") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            print(f"warning: the disk of {folder} knows no locks ({error})", file=sys.stderr)
         yield
 
 
@@ -235,15 +242,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Expands ~ and globs in all arguments: not every shell does, and none within quotes."""
+    """Expands ~ and globs, as not every shell does, and none within quotes; but for flags that take
+    no path."""
+
+    LITERAL = ("--group", "--classes", "--priority", "--rare", "--pick")
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As in argparse, of expanded arguments."""
-        argv = sys.argv[1:] if argv is None else argv
-        return super().parse_args([word for given in argv for word in self.expanded(given)])
+        words, flag = [], None
+        for given in sys.argv[1:] if argv is None else argv:
+            flag = given if given.startswith("--") else flag
+            words += [given] if flag in self.LITERAL else self.expanded(given)
+        return super().parse_args(words)
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError: one sentence, without the usage, which fills a screen."""
@@ -299,7 +312,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         # From a loader process it comes with that process's traceback before it.
         sentence = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-    except (OSError, EOFError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and not error.filename and _is_closed(sys.stdout):
             sys.exit(141)
         # torch tells of a dead loader process by a lost connection, by an error out of its handler
@@ -311,6 +324,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         elif "shared memory" in str(error) or "bus error" in str(error).lower():
             remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
             sentence = f"no shared memory is left for loader processes: {remedy}"
+        elif re.search(r"MemoryError|can't allocate memory", repr(error)):
+            remedy = "lower --size, or --batch-size (in training, raise --accumulate as much)"
+            sentence = f"out of memory: {remedy}"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
             sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"
         else:

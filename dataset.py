@@ -81,8 +81,8 @@ def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
         found = [re.search(pattern or r"[^/]+(?=\.rf\.)", file) for file in manifest.files.tolist()]
     except re.error as error:
         raise UserError(f"--group {pattern}: {error}; give a regular expression") from None
-    keys = manifest.keys(range(len(manifest)))
-    return [match.group() if match else "/".join(key) for match, key in zip(found, keys)]
+    keys = manifest.keys(np.arange(len(manifest)))
+    return [match.group() if match else "/".join(key[:2]) for match, key in zip(found, keys)]
 
 
 def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
@@ -20,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
-# How often torchrun has started these processes anew, after the death of one.
-RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 RENDEZVOUS = 60  # seconds to find each other in
 
 
@@ -50,12 +49,12 @@ def process_group() -> Iterator[None]:
         return
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     # After a restart two may wait for each other, and neither gives up; torchrun then tries again.
-    limit = threading.Timer(RENDEZVOUS, os._exit, (1,))
+    limit = threading.Timer(RENDEZVOUS, _give_up)
     limit.daemon = True
     limit.start()
     store, number, count = next(dist.rendezvous("env://"))
     # Addresses that dead processes have left in torchrun's store must not be found.
-    store = dist.PrefixStore(RESTARTS, store)
+    store = dist.PrefixStore(_common_name(store, number, count), store)
     # Without a name of a backend: tensors on a GPU go by nccl, those on a CPU by gloo.
     dist.init_process_group(store=store, rank=number, world_size=count)
     if store.add("joined", 1) == count:
@@ -76,6 +75,29 @@ def process_group() -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _common_name(store: dist.Store, number: int, count: int) -> str:
+    """A name that the processes of this start share, and none of an earlier one: of two machines
+    each counts its own restarts. Each rank asks under a name of its own, which rank 0 answers."""
+    name = uuid.uuid4().hex
+    if number:
+        store.set(f"ask/{number}", name)
+        store.wait([f"answer/{name}"])
+        name = store.get(f"answer/{name}").decode()
+        store.add(f"asked/{name}", 1)
+        return name
+    while store.add(f"asked/{name}", 0) < count - 1:
+        for other in range(1, count):
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
+        time.sleep(0.1)
+    return name
+
+
+def _give_up() -> None:
+    print(f"not all processes have met within {RENDEZVOUS} s", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _follow(launcher: int) -> None:
@@ -111,8 +133,17 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def agreed(value: bool) -> bool:
+    """What rank 0 says."""
+    if world() > 1:
+        dist.broadcast(told := torch.tensor(value), 0)
+        return bool(told)
+    return value
+
+
 def launch() -> str | None:
-    """What tells this torchrun from every other; None without one."""
+    """What tells this torchrun from every other; None without one. On several machines only an id
+    that was given does."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     name = os.environ["TORCHELASTIC_RUN_ID"]

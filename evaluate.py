@@ -237,9 +237,9 @@ class Subject(NamedTuple):
 
 
 def find_subject(path: str, args: argparse.Namespace) -> Subject:
-    """What to evaluate. Of --other-data the images that it was validated on, or all if there are
-    none. Raises UserError if the data is of other classes, or of other masks without --other-data.
-    """
+    """What to evaluate. Of --other-data the images that it was validated on, or all if none of them
+    is there. Raises UserError if the data is of other classes, or of other masks without
+    --other-data, or lacks some of the images."""
     state = load_checkpoint(path, mmap=True)
     root = args.coco_root or (None if args.data else state["args"].get("coco_root"))
     manifest = common.load_manifest(args.data or state["args"]["data"], root)
@@ -250,8 +250,12 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds other masks: {own}, or say --other-data")
     held = validated(state, manifest)
     missing, images = len({tuple(key) for key in state["val_ids"]}) - held.sum(), args.images
-    if images == "all" or (args.other_data and not held.any()):
+    strangers = args.other_data and not held.any()
+    if images == "all" or (strangers and images == "validation"):
         held[:], images = True, "all"
+    elif missing and args.other_data:
+        own = "only some of its images are there: say --images all"
+        raise UserError(f"{manifest.data} lacks {missing} validation images of {path}: {own}")
     elif images == "training":
         held = ~held
     elif missing:
@@ -261,24 +265,25 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     if not manifest.pixels[held, 1:].any():
         print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
     setting = {k: v for k, v in state["args"].items() if k not in ANY}
+    setting["data"] = state["fingerprint"]
     origin, setting = state.get("origin", {}), json.dumps(setting, sort_keys=True, default=str)
     return Subject(path, manifest, np.flatnonzero(held), images, origin, setting)
 
 
 def validated(state: dict, manifest: Manifest) -> np.ndarray:
     """(N,) bool: which images of the manifest validated the run of a checkpoint."""
-    keys = {(split, str(id_)) for split, id_ in state["val_ids"]}
-    return np.array([tuple(key) in keys for key in manifest.keys(range(len(manifest)))])
+    keys = {tuple(map(str, key)) for key in state["val_ids"]}
+    parts = max(map(len, keys), default=0)  # those of older checkpoints have no file names
+    return np.array([tuple(key[:parts]) in keys for key in manifest.keys(np.arange(len(manifest)))])
 
 
 def load_predictor(
-    path: str, device: torch.device, args: argparse.Namespace, size: int | None = None
+    state: dict, device: torch.device, args: argparse.Namespace, size: int | None = None
 ) -> Predictor:
-    """The network of a checkpoint, in size, scale and precision as trained, unless told."""
-    state = load_checkpoint(path, mmap=True)
+    """The network of a loaded checkpoint, in size, scale and precision as trained, unless told."""
     scale = (args.scale or state.get("scale")) if args.tile else None
     if args.tile and not scale:
-        raise UserError(f"{path} does not say at which scale it was trained: give --scale")
+        raise UserError("the checkpoint does not say at which scale it was trained: give --scale")
     trained = state["args"]["amp"]
     trained = "off" if trained == "fp16" and device.type == "cpu" else trained
     model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
@@ -289,7 +294,7 @@ def load_predictor(
 
 def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
     """The pixel counts of a checkpoint."""
-    predictor = load_predictor(subject.path, device, args, args.size)
+    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
     loading = (None if args.tile else predictor.size, args.batch_size, args.workers)
     loader = evaluation_loader(subject.manifest, subject.indices, *loading)
     return evaluate(predictor, loader, subject.path)
@@ -302,7 +307,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    predictor = load_predictor(subject.path, device, args, args.size)
+    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
     examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
@@ -314,7 +319,7 @@ def show_subject(
 ) -> Shown:
     """A checkpoint's part of the page, of which it is the `number`."""
     state, manifest = load_checkpoint(subject.path, mmap=True), subject.manifest
-    predictor = load_predictor(subject.path, device, args, args.size)
+    predictor = load_predictor(state, device, args, args.size)
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
     figures = []
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
@@ -367,6 +372,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     for file in [*filter(None, (args.json, args.html, args.markdown)), *pictures]:
         if not file.parent.is_dir():
             raise UserError(f"no folder {file.parent} to write {file.name} to: make it first")
+        if file.is_dir():
+            raise UserError(f"cannot write {file}: it is a folder; give a file")
         if not os.access(file.parent, os.W_OK):
             raise UserError(f"cannot write {file}: its folder is read-only")
 
@@ -383,10 +390,12 @@ def main(argv: list[str] | None = None) -> None:
     check_outputs(args)
     device = pick_device(args.device)
     subjects = [find_subject(path, args) for path in args.ckpt]
-    compared = [(s.manifest.classes, s.manifest.keys(s.indices)) for s in subjects]
+    compared = [(s.manifest.classes, s.manifest.checksums[s.indices].tolist()) for s in subjects]
+    compared = [(*each, s.manifest.keys(s.indices)) for each, s in zip(compared, subjects)]
     for path, images in zip(args.ckpt, compared):
         if images != compared[0]:
-            raise UserError(f"{path} has other images or classes than {args.ckpt[0]}: leave it out")
+            what = "other images, masks or classes"
+            raise UserError(f"{path} has {what} than {args.ckpt[0]}: leave it out")
     picks = ["worst", "best", "random", *compared[0][0][1:]]
     if args.pick not in picks:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")

@@ -34,7 +34,8 @@ def orientation(image: Image.Image) -> int:
     """What EXIF says of how an image is to be turned, 1 for not at all; 5 and more swap its sides.
     What is damaged says nothing."""
     try:
-        return image.getexif().get(0x0112, 1)
+        value = image.getexif().get(0x0112, 1)
+        return value if isinstance(value, int) else 1
     except Exception:  # whatever Pillow makes of it
         return 1
 
@@ -67,10 +68,11 @@ def read_image(
         turn = size in (None, turned) if upright else size not in (None, stored)
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
-        return _rgb(_upright(image) if turn and turns != 1 else image)
+        return rgb(_upright(image) if turn and turns != 1 else image)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any picture, as `read_image` has it. Raises errors of all kinds."""
     image.load()  # some formats tell their mode only then
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose white could be any number")
@@ -124,9 +126,9 @@ def read_labels(path: Path, codes: dict) -> np.ndarray:
             raise UserError(f"{path} is a JPEG, which blurs labels: export the masks as PNG")
         if not colors and image.mode not in ("L", "P", "1", "I", "I;16"):
             raise UserError(f"{path} is {image.mode}: give the colour of each class with --colors")
-        values = np.array(image.convert("RGB") if colors else image).astype(np.int64)
+        values = np.array(image.convert("RGB") if colors else image).astype(np.int32)
     if colors:
-        values = values @ (65536, 256, 1)
+        values = values @ np.array((65536, 256, 1), dtype=np.int32)
         codes = {red * 65536 + green * 256 + blue: v for (red, green, blue), v in codes.items()}
     labels = np.full(values.shape, -1, dtype=np.int16)
     for code, label in codes.items():

@@ -193,15 +193,11 @@ def winners(all_counts: list[np.ndarray]) -> list[int | None]:
     held = (all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST
     held = [*held, *[len(all_counts[0]) >= FEWEST] * len(MEANS)]
     clear = np.array(held) & (len(all_counts) > 1) & ~np.isnan(values).any(axis=0)
-    others = np.empty((len(all_counts[0]), len(best)))  # of the best of each column
-    for number, counts in enumerate(all_counts):
-        others[:, best == number] = _columns(leave_one_out(counts))[:, best == number]
-    for number, counts in enumerate(all_counts):
-        theirs = _columns(leave_one_out(counts))
-        for column in np.flatnonzero(clear & (best != number)):
-            gain = values[best[column], column] - values[number, column]
-            low = jackknife(gain, others[:, column] - theirs[:, column])[0][0]
-            clear[column] = low > 0
+    others = [_columns(leave_one_out(counts)) for counts in all_counts]
+    for number, column in np.argwhere(clear & (best != np.arange(len(values))[:, None])):
+        gain = values[best[column], column] - values[number, column]
+        low = jackknife(gain, (others[best[column]] - others[number])[:, column])[0][0]
+        clear[column] &= low > 0
     return [int(number) if won else None for number, won in zip(best, clear)]
 
 

@@ -270,12 +270,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device  # "cuda" becomes one with a number
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}): try --device cpu") from None
-    return device
 
 
 def command_line() -> str:
@@ -371,7 +369,7 @@ def check_state(state: dict) -> None:
     if len(channels) != 3 * len(classes) or not set(channels) <= set(range(256)):
         raise ValueError("colors")
     parts = [part for key in state["val_ids"] for part in key]
-    if len(parts) != 2 * len(state["val_ids"]) or not all(isinstance(p, str | int) for p in parts):
+    if {*map(len, state["val_ids"])} - {2, 3} or not all(isinstance(p, str | int) for p in parts):
         raise ValueError("val_ids")
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         if not isinstance(arguments.get(name), type_):

@@ -120,6 +120,7 @@ def write_outputs(
     """Write mask, coloured mask and overlay of an image, and what else was `found`, from (H, W)
     uint8 labels. Those that are not `shown` become background. The image is drawn over."""
     (path, image), (labels, *probability) = item, found
+    probability = [part * np.array(shown)[labels] for part in probability]
     labels = labels if all(shown) else (np.arange(len(shown)) * shown).astype(np.uint8)[labels]
 
     def write(folder: str, picture: Image.Image) -> None:
@@ -155,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", required=True, metavar="PATH", help="checkpoint")
     add("--images", required=True, nargs="+", metavar="FILE_OR_FOLDER", help=images)
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder to write to")
-    probability = "write probabilities/<stem>.png too: of the label, in 255ths"
+    probability = "write probabilities/<stem>.png too, in 255ths: of the labels that are written"
     add("--probabilities", action="store_true", help=probability)
     add("--classes", nargs="+", metavar="CLASS", help="write these only, others as background")
     exif = "picture that is segmented (default: as in the training)"
@@ -180,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     files = find_files(args.images)
     inputs = {os.path.realpath(path) for path in files}
     folders = OUTPUTS | (PROBABILITIES if args.probabilities else {})
+    if (args.out / "manifest.json").exists():
+        raise UserError(f"{args.out} holds what prepare_masks.py wrote: choose another --out")
     outputs = [args.out / k / (path.stem + end) for path in files for k, end in folders.items()]
     for output in outputs:
         if os.path.realpath(output) in inputs:
@@ -190,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in classes[1:]:
             raise UserError(f"--classes {name}: choose from {', '.join(classes[1:])}")
     shown = [args.classes is None or name in args.classes for name in classes]
-    predictor = load_predictor(args.ckpt, device, args)
+    predictor = load_predictor(state, device, args)
     upright = state.get("upright", True) if args.exif is None else args.exif == "upright"
     del state  # the optimizer's part is twice as large as the model
     for folder in folders:

@@ -40,7 +40,7 @@ import coco
 import common
 from coco import Empty, Skipped, Source, Task, Unusable, encode, mask_names, whole
 from common import BACKGROUND, IGNORE_INDEX, UserError, atomic_write, color_mask
-from images import FORMATS, orientation, read_labels
+from images import FORMATS, orientation, read_labels, rgb
 
 CLASSES = ["person", "car", "bus", "dog"]
 PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
@@ -146,8 +146,10 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
             # EXIF is looked at only where it matters: for that Pillow decodes a whole PNG.
             upright = size != stated if all(stated) else work.exif == "upright"
             turned = upright and orientation(image) >= 5
+            if image.mode == "F":
+                raise ValueError("floating-point pixels")
             if work.check:
-                image.load()
+                rgb(image)
     except Exception:  # a damaged file can make Pillow raise anything
         raise Unusable("image file is not readable") from None
     size = size[::-1] if turned else size
@@ -269,6 +271,7 @@ def replacing(out: Path) -> Iterator[Path]:
     Raises UserError where `out` is in use, or holds what this script did not write.
     """
     manifest, work, new = out / "manifest.json", out / ".preparing", not out.exists()
+    names = (manifest.name, *FOLDERS)
     try:
         ours = b'"ignore_index"' in manifest.read_bytes()
     except FileNotFoundError:
@@ -281,19 +284,28 @@ def replacing(out: Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
-            manifest.unlink(missing_ok=True)  # its presence means that the masks are complete
-            for folder in FOLDERS:
-                if (out / folder).exists():
-                    os.rename(out / folder, work / f"{folder}.old")
-                os.rename(work / folder, out / folder)
-            os.rename(work / manifest.name, manifest)
+            for name in names:  # the presence of the manifest means that the masks are complete
+                if (out / name).exists():
+                    os.rename(out / name, work / f"{name}.old")
+            for name in reversed(names):
+                os.rename(work / name, out / name)
+        except BaseException:  # as where a folder of Windows holds an open file
+            for name in reversed(names):
+                if (work / f"{name}.old").exists():
+                    if (out / name).exists():
+                        os.rename(out / name, work / name)
+                    os.rename(work / f"{name}.old", out / name)
+            raise
         finally:
             shutil.rmtree(out if new and not manifest.exists() else work, ignore_errors=True)
 
 
-def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped) -> list[Task]:
+def mask_tasks(
+    source: Source, root: Path, suffixes: list[str], skipped: Skipped, seen: dict
+) -> list[Task]:
     """A task for each image that has a mask of the same name below its own folder, but for the
-    endings of the stems, `suffixes`: the masks' and the images'."""
+    endings of the stems, `suffixes`: the masks' and the images'. `seen` holds the images of earlier
+    splits, which keep them."""
 
     def stems(folder: Path, suffix: str, without: set) -> dict[str, str]:
         found = {}
@@ -312,13 +324,17 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
     masks = stems(source.path, suffixes[0], set())
     taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
     images = stems(folder, [*suffixes, ""][1], taken)
-    for stem in images.keys() - masks.keys():
+    for stem in sorted(images.keys() - masks.keys()):
         skipped.add("images", "image without a mask", source.split, images[stem])
-    for stem in masks.keys() - images.keys():
+    for stem in sorted(masks.keys() - images.keys()):
         skipped.add("annotations", "mask without an image", source.split, masks[stem])
     tasks = []
     for stem in sorted(images.keys() & masks.keys()):
-        file = Path(os.path.relpath(folder / images[stem], root)).as_posix()
+        path = folder / images[stem]
+        if reason := coco.fault(path, source.split, (stem, images[stem]), seen):
+            skipped.add("images", reason, source.split, images[stem])
+            continue
+        file = Path(os.path.relpath(path, root)).as_posix()
         names = (stem, source.split, file, f"{source.split}/{images[stem]}")
         tasks.append(Task(*names, 0, 0, source.path / masks[stem], None))
     return tasks
@@ -326,20 +342,24 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
 
 def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[str], list[Task]]:
     """The folder that holds all images, the classes by label, and a task for each image."""
+    seen = {}
     if args.coco_root:
         root = Path(os.path.abspath(args.coco_root))
         sources = coco.find_sources(root, args.split)
     else:
         folders = [Path(os.path.abspath(folder)) for folder in args.images_dir]
-        root = Path(os.path.commonpath(folders))
-        paths = args.annotations or args.masks
+        try:
+            root = Path(os.path.commonpath(folders))
+        except ValueError:
+            raise UserError("--images-dir: give folders of one drive") from None
+        paths = [Path(os.path.abspath(path)) for path in args.annotations or args.masks]
         sources = list(map(Source, args.split, paths, [[folder] for folder in folders]))
     if args.masks:
         classes = [BACKGROUND, *args.classes]
-        suffixes = args.mask_suffix
-        tasks = [task for s in sources for task in mask_tasks(s, root, suffixes, skipped)]
+        rest = (root, args.mask_suffix, skipped, seen)
+        tasks = [task for source in sources for task in mask_tasks(source, *rest)]
     else:
-        indexes, seen = [coco.read_index(source) for source in sources], {}
+        indexes = [coco.read_index(source) for source in sources]
         classes = coco.choose_classes(args.classes, indexes)
         rest = (root, classes, skipped, seen)
         tasks = [task for index in indexes for task in coco.split_tasks(index, *rest)]
@@ -410,6 +430,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--split {' '.join(args.split)}: give names without slashes")
     if args.masks and not args.classes:
         parser.error("--masks: say with --classes what the values 1, 2, ... are")
+    if args.masks and (args.crowd != "ignore" or args.priority != PRIORITY):
+        parser.error("--crowd and --priority belong to annotations, not to --masks")
     if not args.masks and (args.colors or args.ignore or any(args.mask_suffix)):
         parser.error("--colors, --ignore and --mask-suffix belong to --masks")
     args.classes = args.classes or CLASSES
@@ -439,10 +461,22 @@ def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dic
         parser.error(f"--colors: {len(values)} for {len(args.classes)} classes: give one for each")
     if len({type(value) for value in values + ignored}) > 1:
         parser.error("--colors and --ignore: give values or colours, not both")
+    for value in values + ignored:
+        if (values + ignored).count(value) > 1:
+            parser.error(f"--colors and --ignore name {value} twice: give each class its own")
     plain = isinstance(values[0], int)
     codes = {0: 0, IGNORE_INDEX: IGNORE_INDEX} if plain else {(0, 0, 0): 0}
     codes |= dict.fromkeys(ignored, IGNORE_INDEX)
     return codes | {value: label for label, value in enumerate(values, start=1)}
+
+
+def note_crowds(totals: dict[str, Counter], classes: list[str]) -> None:
+    """Say where so much is a crowd that this may be but how a tool writes its masks."""
+    for label, name in enumerate(classes):
+        crowds, instances = (totals[kind][str(label)] for kind in ("crowds", "instances"))
+        if 10 * crowds > instances:
+            found = f"note: {crowds} of {crowds + instances} {name} are crowds (iscrowd 1), ignored"
+            print(f"{found}: --crowd class if they are single objects, as CVAT's brush writes them")
 
 
 def print_table(rows: list[dict], totals: dict[str, Counter], classes: list[str]) -> None:
@@ -485,6 +519,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         common.write_text(folder / "manifest.json", json.dumps(content))
     print_table(rows, totals, classes)
+    if args.crowd == "ignore":
+        note_crowds(totals, classes)
     for line in skipped.lines():
         print(f"skipped {line}", file=sys.stderr)
     print(f"{len(rows)} masks in {args.out}")

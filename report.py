@@ -147,7 +147,7 @@ def _heat(entry: dict) -> str:
             share = count / max(1, sum(counts))
             look = f'style="background: color-mix(in srgb, #0072b2 {share:.0%}, transparent)"'
             hover = _text(f"{truth} taken for {head[column]}: {count:,} pixels")
-            deep = ' class="deep"' * (share > 0.6)
+            deep = ' class="deep"' * (share > 0.87)
             row[column] = (f'{deep} {look} title="{hover}"', cell)
     return _table((title, [head, *rows]), "heat")
 

@@ -72,10 +72,10 @@ def neighbours(length: int, scaled: int) -> Tensor:
 
 
 def interpolated(plane: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(H, W) values at the `neighbours` in an (h, w) plane."""
-    above, below, share = rows[0].long(), rows[1].long(), rows[2].float()[:, None]
+    """(H, W) values at the `neighbours`, as float32, in an (h, w) plane."""
+    above, below, share = rows[0].long(), rows[1].long(), rows[2][:, None]
     plane = torch.lerp(plane[above], plane[below], share)
-    left, right, share = columns[0].long(), columns[1].long(), columns[2].float()
+    left, right, share = columns[0].long(), columns[1].long(), columns[2]
     return torch.lerp(plane[:, left], plane[:, right], share)
 
 
@@ -136,13 +136,14 @@ def tiled_labels(
     chunk = max(1, PIXELS // native[1])
     for left in range(0, size[1], block):
         first, last = torch.searchsorted(columns[0], torch.tensor([left, left + block])).tolist()
-        across = (columns[:, first:last] - torch.tensor([[left], [left], [0]])).to(device)
+        across = (columns[:, first:last] - torch.tensor([[left], [left], [0]])).float().to(device)
         right, done = min(left + block + 1, size[1]), 0
         for start, sums, end in complete_rows(run, tiling, picture, size, left, right):
             stop = int(torch.searchsorted(rows[1], end))
             for top in range(done, stop, chunk):
                 bottom = min(top + chunk, stop)
-                down = (rows[:, top:bottom] - torch.tensor([[start], [start], [0]])).to(device)
+                down = rows[:, top:bottom] - torch.tensor([[start], [start], [0]])
+                down = down.float().to(device)
                 parts = best_labels((interpolated(x, down, across) for x in sums), wanted)
                 for target, part in zip(found, parts):
                     target[top:bottom, first:last] = part

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -74,7 +75,7 @@ class Run:
         """The initial weights are a function of the seed, and of the pretrained `weights`."""
         self.args, self.device, self.out = args, device, Path(args.out)
         self.dtype = models.amp_dtype(args.amp, device)
-        self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -2.0, []
+        self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -1.0, []
         self.loss_sum, self.checked_step = torch.zeros((), device=device), 0
         self.signal, self.wandb, self.wandb_id, self.told = None, None, None, time.monotonic()
         self.started = 0.0  # when the epoch began; before `fit`, minus the seconds spent on it
@@ -286,7 +287,8 @@ class Run:
     def require(self, finite: bool, what: str) -> None:
         """Raise UserError, with the last good checkpoint, unless what is trained is finite."""
         if not finite:
-            steps = f"in one of the steps {self.checked_step + 1} to {self.step}"
+            first = min(self.checked_step + 1, self.step)
+            steps = f"in one of the steps {first} to {self.step}"
             last = self.out / "last.pt"
             kept = f"; {last} is of before" if last.exists() else ""
             raise UserError(f"{what} {steps}: lower --lr or try --amp off{kept}")
@@ -340,7 +342,7 @@ class Run:
             "epoch": self.epoch,
             "step": self.step,
             "train_loss": trained.get("train_loss"),
-            "val_loss": loss / pixels if pixels else None,
+            "val_loss": loss / pixels if pixels and math.isfinite(loss) else None,
             "val_iou": dict(zip(classes, map(metrics.plain, found["iou"]))),
             "val_miou": metrics.plain(found["miou"]),
             "val_foreground_miou": metrics.plain(found["foreground_miou"]),
@@ -428,7 +430,8 @@ class Run:
         if batch > self.batches.steps or step != epoch * self.batches.steps + batch:
             raise UserError(f"{self.args.resume}: its steps do not add up: start again")
         self.model.load_state_dict(state["model"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # else it began in another precision, on another device
+            self.scaler.load_state_dict(state["scaler"])
         plans = state["args"], vars(self.args)
         old, new = ((plan["epochs"] * self.batches.steps, plan["lr"]) for plan in plans)
         rate, last = learning_rate(step, *new), learning_rate(max(step - 1, 0), *old)
@@ -581,19 +584,21 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     what decides a run's results cannot change, but for --lr and --epochs."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.resume is None and args.weights not in (None, "coco", "imagenet", "none"):
-        complete_from(args.weights, parser, args)
+    if args.resume is None and is_path(args.weights):
+        args = complete_from(args.weights, parser, argv)
     last = Path(args.out or default_out(args), "last.pt")
-    again = args.resume is None and distributed.RESTARTS != "0" and last.exists()
-    if again and models.load_checkpoint(last).get("launch") == distributed.launch():
+    started = distributed.launch()
+    again = started is not None and last.exists()
+    if distributed.agreed(again and models.load_checkpoint(last).get("launch") == started):
         args.resume = ""  # a rank had died, and torchrun repeats the command
     if args.resume is None:
         if args.model is None:
             parser.error(f"--model: choose {' or '.join(models.MODELS)}")
-        args.out, args.data = str(last.parent), os.path.abspath(args.data)
+        args.out = str(last.parent)
         args.weights = args.weights or models.MODELS[args.model].STARTS[0]
         if args.lr is None:
             args.lr = 1e-3 if args.weights == "none" else 1e-4
+        make_absolute(args)
         check_args(parser, args)
         refuse_taken(last)
         return args, None
@@ -607,6 +612,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     parser.set_defaults(**{**state["args"], "out": str(path.parent)})
     args = parser.parse_args(argv)
     args.resume = str(path)
+    make_absolute(args)
     for name, value in state["args"].items():
         if name not in FREE_ARGUMENTS and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
@@ -617,15 +623,28 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     return args, state
 
 
-def complete_from(path: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Take network and width of the checkpoint to start from. Raises UserError if others are given,
-    or if it cannot be read."""
-    state, args.weights = models.load_checkpoint(path, mmap=True), os.path.abspath(path)
+def is_path(weights: str | None) -> bool:
+    """Whether --weights names a checkpoint."""
+    return weights not in (None, "coco", "imagenet", "none")
+
+
+def make_absolute(args: argparse.Namespace) -> None:
+    """Let paths in a checkpoint hold wherever it is read."""
+    for name in ("data", "coco_root", *["weights"] * is_path(args.weights)):
+        if getattr(args, name):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
+
+
+def complete_from(path: str, parser: argparse.ArgumentParser, argv: list[str] | None):
+    """The arguments, with network and width of the checkpoint to start from. Raises UserError if
+    others are given, or if it cannot be read."""
+    own = models.load_checkpoint(path, mmap=True)["args"]
+    parser.set_defaults(model=own["model"], width=own["width"])
+    args = parser.parse_args(argv)
     for name in ("model", "width"):
-        given, own = getattr(args, name), state["args"][name]
-        if given not in (own, parser.get_default(name)):
-            parser.error(f"--{name} {given}: {path} has {own}")
-        setattr(args, name, own)
+        if getattr(args, name) != own[name]:
+            parser.error(f"--{name} {getattr(args, name)}: {path} has {own[name]}")
+    return args
 
 
 def check_run(state: dict) -> None:
@@ -723,15 +742,10 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 run.fit()
             except RuntimeError as error:
-                if args.compile and "C++ compiler" in str(error):
-                    remedy = "install one (g++), or say --no-compile"
-                    raise UserError(f"--compile finds no working C++ compiler: {remedy}") from None
-                gpu = isinstance(error, torch.cuda.OutOfMemoryError)
-                if not gpu and "can't allocate memory" not in str(error):
+                if not args.compile or not re.search(r"C(\+\+)? compiler", str(error)):
                     raise
-                what = f"{args.model} at --size {args.size} --batch-size {args.batch_size}"
-                remedy = "halve --batch-size and double --accumulate, or lower --size"
-                raise UserError(f"out of memory with {what}: {remedy}") from None
+                remedy = "install one (gcc and g++), or say --no-compile"
+                raise UserError(f"--compile finds no working C++ compiler: {remedy}") from None
             if run.wandb:
                 run.try_wandb(run.wandb.finish)
 

@@ -26,7 +26,7 @@ from dataset import (
 )
 from evaluate import Predictor, evaluate
 from metrics import as_text, report, scores, tables
-from models import load_checkpoint, model_from_checkpoint
+from models import load_checkpoint, model_from_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -145,8 +145,8 @@ def test_report(checkpoint, tmp_path):
     for name, iou in zip(first["classes"], expected["iou"]):
         assert first["iou"][name] == pytest.approx(iou)
     assert first["miou"] == pytest.approx(expected["miou"])
-    low, high = first["interval"]["foreground_miou"]
-    assert low <= first["foreground_miou"] <= high
+    low, high = first["interval"]["miou"]
+    assert low <= first["miou"] <= high
     assert second["difference"]["miou"]["value"] == 0
     assert second["difference"]["miou"]["p"] == 1
     metrics = (checkpoint.parent / "metrics.jsonl").read_text().splitlines()
@@ -193,6 +193,7 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert "lacks 1 validation images" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--json", tmp_path / "none" / "x.json")
     assert f"no folder {tmp_path / 'none'} to write x.json to" in sentence
+    assert "it is a folder" in refused("evaluate", "--ckpt", checkpoint, "--html", tmp_path)
     assert "--pick cow" in refused("evaluate", "--ckpt", checkpoint, "--pick", "cow")
 
 
@@ -224,6 +225,45 @@ def test_training_images_and_other_data_are_evaluated_when_asked_for(coco, check
     prepare_masks.main(flags)
     entry = evaluated(checkpoint, file, "--data", str(tmp_path / "d"), "--other-data")
     assert (entry["images"], entry["evaluated_on"]) == (4, "all")
+
+
+def prepared(root, out, prefix, priority="dog"):
+    """Nine images whose splits and ids are those of the checkpoint's; the prefix is another's."""
+    write_coco(root, some_images(9, prefix, 5), "val2017", first_id=101)
+    flags = ["--coco-root", str(root), "--workers", "1", "--priority", priority, "--out", str(out)]
+    prepare_masks.main(flags)
+    return str(out)
+
+
+def test_other_images_of_the_same_ids_are_no_validation_images(checkpoint, tmp_path, refused):
+    """As of two projects of CVAT, in which every split is `default` and ids begin at 1."""
+    file, other = tmp_path / "report.json", prepared(tmp_path / "b", tmp_path / "c", "x")
+    entry = evaluated(checkpoint, file, "--data", other, "--other-data")
+    assert (entry["images"], entry["evaluated_on"]) == (9, "all")
+    sentence = refused("evaluate", "--ckpt", checkpoint, "--data", other, "--other-data",
+                       "--images", "training")  # fmt: skip
+    assert "say --images all" in sentence
+    # Checkpoints of before, whose keys have no file names, still know theirs.
+    state = load_checkpoint(checkpoint)
+    state["val_ids"] = [key[:2] for key in state["val_ids"]]
+    save_checkpoint(tmp_path / "old.pt", state)
+    assert evaluated(tmp_path / "old.pt", file)["evaluated_on"] == "validation"
+
+
+def test_runs_on_other_images_or_masks_are_not_compared(checkpoint, tmp_path, refused):
+    state = load_checkpoint(checkpoint)
+    for name, prefix, priority in (("a", "x", "dog"), ("b", "y", "dog"), ("c", "x", "car")):
+        data = prepared(tmp_path / name, tmp_path / f"{name}-data", prefix, priority)
+        manifest = load_manifest(data)
+        keys = manifest.keys(np.arange(9))
+        own = {"val_ids": keys, "fingerprint": manifest.fingerprint}
+        args = {**state["args"], "data": data}
+        save_checkpoint(tmp_path / f"{name}.pt", {**state, **own, "args": args})
+    for other in "bc":
+        sentence = refused("evaluate", "--ckpt", tmp_path / "a.pt", tmp_path / f"{other}.pt")
+        assert "other images, masks or classes" in sentence
+    masks = [load_manifest(tmp_path / f"{name}-data").checksums.tolist() for name in "ac"]
+    assert masks[0] != masks[1]
 
 
 def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):

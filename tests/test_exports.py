@@ -856,6 +856,11 @@ def test_flags_that_do_not_belong_together(tmp_path, refuse):
     assert "--images-dir belongs to" in refuse("--coco-root", "c", "--images-dir", "i")
     assert "--images-dir belongs to" in refuse("--annotations", "a.json")
     assert "belong to --masks" in refuse(*one, "--mask-suffix", "_x")
+    masks = ("--masks", "m", "--images-dir", "i", "--classes", "a", "b")
+    assert "belong to annotations" in refuse(*masks, "--crowd", "class")
+    assert "belong to annotations" in refuse(*masks, "--priority", "b")
+    assert "name 1 twice" in refuse(*masks, "--colors", 1, 1)
+    assert "twice" in refuse(*masks, "--colors", "red", "blue", "--ignore", "#ff0000")
     two = ("--annotations", "x/a.json", "y/a.json", "--images-dir", "i", "j")
     assert "different --split" in refuse(*two)
     assert "different --split" in refuse(*two, "--split", "b")
@@ -962,3 +967,29 @@ def test_a_value_is_taken_in_pieces_of_the_file():
     assert text.value() == (123456, 1, 7)
     with pytest.raises(Unusable):
         encode("no", 4, 4)
+
+
+def test_masks_beside_their_images_and_a_path_that_is_not_absolute(tmp_path, monkeypatch):
+    for name in "ab":
+        write_image(tmp_path / "rf" / f"{name}.jpg", seed=ord(name))
+        write_mask(tmp_path / "rf" / f"{name}_mask.png", LABELS % 2)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--masks", "rf", "--images-dir", "rf", "--mask-suffix", "_mask", "--classes", "thing"]
+    manifest, rows = prepare(tmp_path, *flags)
+    assert sorted(rows) == ["a.png", "b.png"]
+    assert manifest["skipped"] == {"images": {}, "annotations": {}}
+
+
+def test_an_image_with_a_mask_in_two_splits_stays_in_the_first(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / "photos" / f"{name}.jpg", seed=ord(name))
+        write_mask(tmp_path / "m1" / f"{name}.png", LABELS % 2)
+    write_mask(tmp_path / "m2" / "a.png", LABELS % 2)
+    write_image(tmp_path / "photos" / "c.jpg")
+    write_mask(tmp_path / "m2" / "c.png", LABELS % 2)
+    flags = ["--masks", tmp_path / "m1", tmp_path / "m2", "--images-dir", tmp_path / "photos"]
+    flags += ["--split", "train", "val", "--classes", "thing"]
+    manifest, rows = prepare(tmp_path, *flags)
+    assert sorted(rows) == ["train/a.png", "train/b.png", "val/c.png"]
+    reasons = manifest["skipped"]["images"]
+    assert reasons["image is in train too, and kept there"]["count"] == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
 
@@ -231,6 +232,13 @@ def test_devices(monkeypatch):
     assert amp_dtype("bf16", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(UserError, match="no device 'tpu'"):
         pick_device("tpu")
+
+
+def test_a_gpu_has_a_number():
+    """torch.cuda.set_device refuses a device without one."""
+    with FakeTensorMode():
+        device = pick_device("cuda")
+    assert torch.cuda._utils._get_device_index(device) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

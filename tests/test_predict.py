@@ -4,6 +4,7 @@ import math
 import os
 import re
 import resource
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,35 @@ def test_a_symmetric_picture_gives_a_symmetric_mask(lively, tmp_path):
     )
     assert (plain != plain[:, ::-1]).mean() > 0.05
     assert (both != both[:, ::-1]).mean() < 0.001
+
+
+def test_probabilities_of_classes_that_are_not_written_are_0(lively, coco, tmp_path):
+    picture = coco / "val2017" / "v000.jpg"
+    masks, _ = run(lively, tmp_path / "all", picture, flags=["--probabilities"])
+    shown = "car" if masks["v000"].max() == 1 else "person"
+    flags = ["--probabilities", "--classes", shown]
+    some, _ = run(lively, tmp_path / "some", picture, flags=flags)
+    before, after = (
+        np.array(Image.open(tmp_path / name / "probabilities" / "v000.png"))
+        for name in ("all", "some")
+    )
+    hidden = masks["v000"] != some["v000"]
+    assert hidden.any()
+    assert not after[hidden].any()
+    np.testing.assert_array_equal(after[~hidden], before[~hidden])
+
+
+def test_prepared_masks_are_not_overwritten(data, coco, checkpoint, refused):
+    sentence = refused("predict", "--ckpt", checkpoint, "--images", coco / "val2017", "--out", data)
+    assert f"{data} holds what prepare_masks.py wrote" in sentence
+
+
+@pytest.mark.parametrize("text", [b"6", b"x"])
+def test_an_orientation_that_is_text_stops_nothing(tmp_path, text):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, 2, 2)  # one entry, ASCII
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg", exif=exif + text.ljust(4, b"\0") + bytes(4))
+    assert Image.open(tmp_path / "a.jpg").getexif()[0x0112] == text.decode()
+    assert read_image(tmp_path / "a.jpg").size == (4, 3)
 
 
 def test_probabilities_are_those_of_the_labels(lively, coco, tmp_path):

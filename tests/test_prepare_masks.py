@@ -531,3 +531,69 @@ def test_a_decompression_bomb_is_not_opened(tmp_path):
     content["images"][0].update(height=60000, width=60000)
     path.write_text(json.dumps(content))
     assert list(prepare(tmp_path, tmp_path / "data")) == ["b.png"]
+
+
+@pytest.mark.parametrize("category", [None, 99, "absent", "no such field"])
+def test_an_object_of_no_known_category_is_no_background(tmp_path, category):
+    """It could be anything: a file may count categories from 1 and annotations from 0."""
+    path = write_coco(
+        tmp_path, [("a.jpg", 20, 30, [annotation("person", polygon(0, 0, 5, 5))] * 2)]
+    )
+    content = json.loads(path.read_text())
+    other = content["annotations"][1]
+    other |= {"category_id": category, "segmentation": polygon(3, 0, 4, 4)}
+    if category == "no such field":
+        del other["category_id"]
+    path.write_text(json.dumps(content))
+    (row,) = prepare(tmp_path, tmp_path / "data").values()
+    assert row["pixels"] == {"0": 600 - 25 - 8, "1": 25}  # the person stays where both are
+    assert row["ignored"] == 8
+    skipped = json.loads((tmp_path / "data" / "manifest.json").read_text())["skipped"]
+    assert skipped["annotations"]["category is not in categories"]["count"] == 1
+
+
+@pytest.mark.parametrize("failing", ["manifest.json", "masks_raw", "masks_colored"])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_rename_that_fails_leaves_the_earlier_masks(tmp_path, monkeypatch, coco, failing, old):
+    """As on Windows, where a folder that holds an open file cannot be renamed."""
+    out, flags = tmp_path / "data", ["--coco-root", str(coco), "--workers", "1", "--out"]
+    prepare_masks.main([*flags, str(out)])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    rename = os.rename
+
+    def held(source, target):
+        if Path(source).name == failing and (Path(source).parent == out) == old:
+            monkeypatch.setattr(os, "rename", rename)
+            raise PermissionError(13, "held", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", held)
+    with pytest.raises(PermissionError):
+        prepare_masks.main([*flags, str(out), "--priority", "car"])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not (out / ".preparing").exists()
+    prepare_masks.main([*flags, str(out), "--priority", "car"])
+
+
+def test_crowds_that_may_be_how_a_tool_writes_masks_are_noted(tmp_path, capsys):
+    crowd = annotation("person", runs(np.ones((20, 30), dtype=bool)), iscrowd=1)
+    persons = [annotation("person", polygon(0, 0, 5, 5))] * 9
+    write_coco(tmp_path, [("a.jpg", 20, 30, [crowd, *persons])])
+    prepare(tmp_path, tmp_path / "data")
+    note = "note: 1 of 10 person are crowds (iscrowd 1), ignored: --crowd class if"
+    assert note in capsys.readouterr().out
+    write_coco(tmp_path, [("a.jpg", 20, 30, [crowd, *persons, *persons[:1]])])
+    for flags in ([], ["--crowd", "class"]):
+        prepare(tmp_path, tmp_path / "data", *flags)
+        assert "note:" not in capsys.readouterr().out
+
+
+def test_an_image_that_no_training_could_read_is_left_out(tmp_path):
+    write_coco(tmp_path, [(f"{name}.jpg", 20, 30, []) for name in "abc"] + [
+        ("d.jpg", 20, 30, [annotation("person", polygon(0, 0, 5, 5))])
+    ])  # fmt: skip
+    folder = tmp_path / "val2017"
+    Image.fromarray(np.ones((20, 30), dtype=np.float32)).save(folder / "a.jpg", "TIFF")
+    Image.fromarray(np.full((20, 30), 2**20, dtype=np.int32)).save(folder / "b.jpg", "TIFF")
+    assert sorted(prepare(tmp_path, tmp_path / "data")) == ["b.png", "c.png", "d.png"]
+    assert sorted(prepare(tmp_path, tmp_path / "data", "--check")) == ["c.png", "d.png"]

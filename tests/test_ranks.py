@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from conftest import SCRIPTS, TINY
 
 from dataset import EpochBatches
+from distributed import _common_name
 from models import load_checkpoint
 
 # Batch norm is frozen: on a CPU torch cannot compute it over several processes.
@@ -130,7 +132,7 @@ def read(path):
 def test_a_rank_that_waits_alone_gives_up(data, tmp_path):
     """As after a restart whose ranks do not find each other."""
     code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\nimport distributed, torch\n"
-    code += "distributed.RENDEZVOUS = 2\nwith distributed.process_group(torch.device('cpu')): pass"
+    code += "distributed.RENDEZVOUS = 2\nwith distributed.process_group(): pass"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -141,7 +143,24 @@ def test_a_rank_that_waits_alone_gives_up(data, tmp_path):
         timeout=100,
     )  # fmt: skip
     assert result.returncode == 1
+    assert b"not all processes have met within 2 s" in result.stderr
     assert time.monotonic() - started < 60
+
+
+def test_ranks_find_the_name_of_their_own_start():
+    """In a store in which those of an earlier start have left what they asked, and an answer."""
+    store = torch.distributed.HashStore()
+    for number in (1, 2):
+        store.set(f"ask/{number}", f"old{number}")
+    store.set("answer/old1", "old name")
+    names = []
+    for start in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            found = pool.map(lambda number: _common_name(store, number, 3), (2, 0, 1))
+        names += set(found)
+        assert len(names) == start + 1
+    assert names[0] != names[1]
+    assert "old name" not in names
 
 
 def test_help_under_torchrun_is_shown_once_and_no_failure():
@@ -218,3 +237,49 @@ def test_another_number_of_images_a_step_is_refused_on_resume(data, tmp_path, re
     assert "4 images per step, not 3" in sentence
     train.main([*map(str, resume), "--batch-size", "2", "--accumulate", "2"])
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+LONELY = """
+import os, sys, time
+sys.path.insert(0, {scripts!r})
+import torch, train
+torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+step, restarts = train.Run.train_step, os.environ["TORCHELASTIC_RESTART_COUNT"]
+def deadly(run, batches):
+    if run.step == 3 and not os.path.exists({died!r}):
+        if os.environ["GROUP_RANK"] == "1":
+            open({died!r}, "w").close()
+            os._exit(1)
+        time.sleep(300)  # as a rank that waits in nccl, until its launcher ends it
+    return step(run, batches)
+train.Run.train_step = deadly
+print("restarts", restarts, file=sys.stderr, flush=True)
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tried on Linux only")
+def test_two_machines_of_which_one_loses_a_process_go_on(data, tmp_path):
+    """Each counts its own restarts, and only that of the dead process counts one."""
+    died = tmp_path / "died"
+    (tmp_path / "driver.py").write_text(LONELY.format(scripts=str(SCRIPTS), died=str(died)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+    line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "a"]
+    line += ["--max-restarts", 3, tmp_path / "driver.py", "--data", data, *TINY, "--batch-size", 4]
+    line += ["--model", "unet", "--epochs", 2, "--save-every", 0, "--out", tmp_path / "run"]
+    options = {"text": True, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [subprocess.Popen(list(map(str, line)), **options) for _ in range(2)]
+    try:
+        errors = [machine.communicate(timeout=200)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(errors)[-3000:]
+    assert died.exists()
+    assert sorted(error.count("restarts 1") for error in errors) == [0, 1]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, TINY, command
 
+import common
 import dataset
 import prepare_masks
 import train
@@ -240,11 +242,15 @@ def test_a_restart_goes_on_with_its_own_run_only(data, tmp_path, monkeypatch, re
     out = tmp_path / "run"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     run(data, out, "--epochs", 1)
-    monkeypatch.setattr(train.distributed, "RESTARTS", "1")
     line = ["--data", str(data), *FLAGS, "--epochs", "2", "--out", str(out)]
     assert train.parse_args(line)[1] is not None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
-    assert "holds a run already" in refused("train", *line)
+    other = ["--resume", str(out / "last.pt"), "--out", str(tmp_path / "other")]
+    run(data, tmp_path / "other", "--epochs", 1)  # what was resumed into another folder
+    assert train.parse_args(other)[0].resume == str(tmp_path / "other" / "last.pt")
+    for name in ("two", None):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name) if name else monkeypatch.undo()
+        assert "holds a run already" in refused("train", *line)
+        assert "holds a run already" in refused("train", *other)
 
 
 def test_a_run_from_weights_is_validated_before_its_first_step(data, tmp_path, monkeypatch):
@@ -457,6 +463,70 @@ def test_paths_are_expanded_where_the_shell_does_not(checkpoint, tmp_path, monke
     assert args.ckpt == [str(tmp_path / "x[1]" / "best.pt"), "none*"]
 
 
+def test_a_regular_expression_is_no_glob(tmp_path, monkeypatch):
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = train.build_parser().parse_args(["--group", ".*/", "--rare", "?", "--data", "?"])
+    assert (args.group, args.rare, args.data) == (".*/", ["?"], "x")
+
+
+def test_paths_of_a_run_hold_elsewhere_and_when_the_command_is_repeated(
+    data, coco, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoint, "start.pt")
+    data, coco = os.path.relpath(data), os.path.relpath(coco)
+    line = ["--data", data, *FLAGS, "--epochs", "1", "--out", "run", "--weights", "start.pt"]
+    line += ["--coco-root", coco]
+    train.main(line)
+    train.main([*line[:-2], "--coco-root", coco, "--epochs", "2", "--resume"])
+    monkeypatch.chdir("/")
+    for name in ("best.pt", "last.pt"):
+        args = load_checkpoint(tmp_path / "run" / name)["args"]
+        assert all(os.path.isabs(args[key]) for key in ("data", "coco_root", "weights"))
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with common.locked(tmp_path):
+        pass
+    assert f"the disk of {tmp_path} knows no locks" in capsys.readouterr().err
+
+
+def test_a_width_that_is_not_that_of_the_weights_is_refused(data, checkpoint, tmp_path, refused):
+    """Of 64 too, which is the default."""
+    line = ["--data", data, "--weights", checkpoint, "--out", tmp_path / "run", "--width", 64]
+    assert f"--width 64: {checkpoint} has 4" in refused("train", *line)
+
+
+def test_validation_that_overflows_or_has_nothing_to_find(data, tmp_path, monkeypatch):
+    """An infinite loss is none; without a class in validation no epoch is the best."""
+    import evaluate
+
+    infinite = torch.tensor([math.inf, 9])
+    monkeypatch.setattr(evaluate.Predictor, "loss", lambda *_: infinite)
+    monkeypatch.setattr(train.metrics, "scores", nothing_held(train.metrics.scores))
+    run(data, tmp_path / "run", "--epochs", 2)
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert [line["val_loss"] for line in state["progress"]["history"]] == [None, None]
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+def nothing_held(scores):
+    """`scores` as if no image held a class."""
+
+    def found(counts, **options):
+        return {**scores(counts, **options), "foreground_miou": np.array(np.nan)}
+
+    return found
+
+
 def test_workers_are_the_cores_that_may_be_used(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
     assert default_workers() == 1
@@ -483,9 +553,10 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
     run(data, out, "--epochs", 1, "--amp", "bf16")
     cpu, line = torch.device("cpu"), ["--ckpt", str(out / "last.pt")]
     args = evaluate.build_parser().parse_args(line)
-    assert evaluate.load_predictor(out / "last.pt", cpu, args).dtype == torch.bfloat16
+    state = load_checkpoint(out / "last.pt")
+    assert evaluate.load_predictor(state, cpu, args).dtype == torch.bfloat16
     args.amp = "off"
-    predictor = evaluate.load_predictor(out / "last.pt", cpu, args, 48)
+    predictor = evaluate.load_predictor(state, cpu, args, 48)
     assert (predictor.dtype, predictor.size) == (None, 48)
 
 

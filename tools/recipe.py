@@ -36,9 +36,9 @@ VALIDATIONS = 10
 def ours(args: argparse.Namespace, seed: int) -> tuple[Iterator[float], Callable]:
     """Steps of `train.py`, which yield the share that is done, and what validates."""
     line = f"--model {args.model} --width {args.width} --size {args.size} --workers 0 --seed {seed}"
-    line += f" --weights none --wandb disabled --out runs/none --data {args.data} {args.flags}"
-    line += f" --epochs {args.epochs} --val-split {args.val_split}"
-    run = train.Run(train.parse_args(line.split())[0], torch.device("cpu"), "none")
+    line += f" --weights none --wandb disabled --out runs/none --epochs {args.epochs} {args.flags}"
+    line = [*line.split(), "--data", args.data, "--val-split", args.val_split]
+    run = train.Run(train.parse_args(line)[0], torch.device("cpu"), "none")
 
     def steps() -> Iterator[float]:
         for epoch in range(args.epochs):

@@ -27,14 +27,15 @@ def train_and_die(kills: int, argv: list[str]) -> None:
     """As a rank: note each life's first step; rank 1 dies in its second, until it has often enough.
     Then both end."""
     step, notes = train.Run.train_step, Path(argv[argv.index("--out") + 1], "lives")
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
     def deadly(run, batches):
         loss = step(run, batches)
         lives = notes.read_text().splitlines() if notes.exists() else []
-        if not lives or lives[-1].split()[0] != distributed.RESTARTS:
+        if not lives or lives[-1].split()[0] != life:
             if distributed.rank() == 0:
                 with open(notes, "a") as file:
-                    file.write(f"{distributed.RESTARTS} {run.step} {time.time()}\n")
+                    file.write(f"{life} {run.step} {time.time()}\n")
         elif len(lives) > kills:
             time.sleep(3 * (distributed.rank() == 0))  # the other may still wait for this one
             os._exit(0)
