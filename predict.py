@@ -120,7 +120,7 @@ def write_outputs(
     """Write mask, coloured mask and overlay of an image, and what else was `found`, from (H, W)
     uint8 labels. Those that are not `shown` become background. The image is drawn over."""
     (path, image), (labels, *probability) = item, found
-    probability = [part * np.array(shown)[labels] for part in probability]
+    probability = [part * np.array([True, *shown[1:]])[labels] for part in probability]
     labels = labels if all(shown) else (np.arange(len(shown)) * shown).astype(np.uint8)[labels]
 
     def write(folder: str, picture: Image.Image) -> None:
