@@ -246,20 +246,18 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     own = f"give the data directory that {path} was trained on with --data"
     if state["classes"] != manifest.classes:
         raise UserError(f"{manifest.data} holds {', '.join(manifest.classes[1:9])}: {own}")
-    if state["fingerprint"] != manifest.fingerprint and not args.other_data:
+    other = state["fingerprint"] != manifest.fingerprint
+    if other and not args.other_data:
         raise UserError(f"{manifest.data} holds other masks: {own}, or say --other-data")
-    held = validated(state, manifest)
-    missing, images = len({tuple(key) for key in state["val_ids"]}) - held.sum(), args.images
-    strangers = args.other_data and not held.any()
-    if images == "all" or (strangers and images == "validation"):
+    held, images = validated(state, manifest), args.images
+    missing = len({tuple(key) for key in state["val_ids"]}) - held.sum()
+    if images == "all" or (other and images == "validation" and not held.any()):
         held[:], images = True, "all"
-    elif missing and args.other_data:
-        own = "only some of its images are there: say --images all"
-        raise UserError(f"{manifest.data} lacks {missing} validation images of {path}: {own}")
+    elif missing or (other and images == "training"):
+        unknown = f"does not say which of its images {path} was given"
+        raise UserError(f"{manifest.data} {unknown}: say --images all")
     elif images == "training":
         held = ~held
-    elif missing:
-        raise UserError(f"{manifest.data} lacks {missing} validation images: {own}")
     if not held.any():
         raise UserError(f"{manifest.data} holds no {images} images")
     if not manifest.pixels[held, 1:].any():

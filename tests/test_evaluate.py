@@ -190,7 +190,7 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert "other masks" in sentence
     assert "--other-data" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path, "--other-data")
-    assert "lacks 1 validation images" in sentence
+    assert "say --images all" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--json", tmp_path / "none" / "x.json")
     assert f"no folder {tmp_path / 'none'} to write x.json to" in sentence
     assert "it is a folder" in refused("evaluate", "--ckpt", checkpoint, "--html", tmp_path)
