@@ -324,7 +324,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         elif "shared memory" in str(error) or "bus error" in str(error).lower():
             remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
             sentence = f"no shared memory is left for loader processes: {remedy}"
-        elif re.search(r"MemoryError|can't allocate memory", repr(error)):
+        elif re.search(r"MemoryError|can't allocate|out of memory|ALLOC_FAILED", repr(error)):
             remedy = "lower --size, or --batch-size (in training, raise --accumulate as much)"
             sentence = f"out of memory: {remedy}"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):

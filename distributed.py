@@ -5,6 +5,7 @@
 Without torchrun there is one process, rank 0 of 1, and nothing here does anything.
 """
 
+import atexit
 import os
 import re
 import sys
@@ -55,8 +56,8 @@ def process_group() -> Iterator[None]:
     store, number, count = next(dist.rendezvous("env://"))
     # Addresses that dead processes have left in torchrun's store must not be found.
     store = dist.PrefixStore(_common_name(store, number, count), store)
-    # Without a name of a backend: tensors on a GPU go by nccl, those on a CPU by gloo.
-    dist.init_process_group(store=store, rank=number, world_size=count)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     if store.add("joined", 1) == count:
         store.set("all", "joined")
     store.wait(["all"])  # none may end, as --help does, while another still connects to it
@@ -67,14 +68,20 @@ def process_group() -> Iterator[None]:
             with redirect_stdout(out), redirect_stderr(err):
                 yield
     except BaseException as error:
-        failed = not isinstance(error, SystemExit) or error.code  # not by --help
-        if failed and store.add("failed", 1) > 1:
+        code = error.code if isinstance(error, SystemExit) else 2
+        if not code:  # --help
+            dist.destroy_process_group()
+            raise
+        atexit.register(_leave, code)
+        if store.add("failed", 1) > 1:
             sys.exit(2)
         if isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE):
-            raise UserError("another of torchrun's processes has died: it says which") from None
+            # gloo knows no more than that; nccl may have a reason of its own
+            reason = "" if "gloo" in str(error) else f", or {str(error).strip().splitlines()[-1]}"
+            died = f"another of torchrun's processes has died: it says which{reason}"
+            raise UserError(died) from None
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _common_name(store: dist.Store, number: int, count: int) -> str:
@@ -93,6 +100,13 @@ def _common_name(store: dist.Store, number: int, count: int) -> str:
                 store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
         time.sleep(0.1)
     return name
+
+
+def _leave(code: int) -> None:
+    """End at once: nccl would wait for the other processes, which wait for this one."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _give_up() -> None:

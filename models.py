@@ -304,7 +304,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Autocast dtype, None for float32. "auto" is bf16 or else fp16 on a GPU, bf16 on a CPU that
     computes in it (Linux says which), else off."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if amp == "auto" and device.type == "cpu" and CPU_FLAGS.exists():
         amp = "bf16" if {"avx512_bf16", "amx_bf16"} & set(CPU_FLAGS.read_text().split()) else "off"
     if amp == "fp16" and device.type != "cuda":

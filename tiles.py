@@ -97,21 +97,20 @@ def complete_rows(
     from that one on, and the row where those that are complete end."""
     _, side, classes, device, batch_size = tiling
     across = windows(max(size[1], side), side)
-    across = [(x, weights) for x, weights in across if x < right and x + side > left]
+    across = [(x, w.to(device)) for x, w in across if x < right and x + side > left]
     down = windows(max(size[0], side), side)
     ends = [top for top, _ in down[1:]] + [size[0]]
     sums = torch.zeros(classes, 1 + side, right - left, device=device)
     bar = tqdm(zip(down, ends), "tiles", len(down), leave=False, disable=None, unit="row", delay=2)
     for (top, row_weights), end in bar:
-        rows = scaled_rows(picture, size, top, side)
+        rows, row_weights = scaled_rows(picture, size, top, side), row_weights[:, None].to(device)
         for first in range(0, len(across), batch_size):
             batch = across[first : first + batch_size]
             images = torch.stack([rows[:, :, x : x + side] for x, _ in batch])
             for (x, weights), logits in zip(batch, run(images.to(device))):
                 inside = slice(max(left, x) - x, min(right, x + side) - x)
-                weights = (row_weights[:, None] * weights[inside]).to(device)
                 target = sums[:, 1:, x + inside.start - left : x + inside.stop - left]
-                target += weights * logits[:, :, inside]
+                target += row_weights * weights[inside] * logits[:, :, inside]
         yield top - 1, sums, end
         kept = 1 + side - (end - top)
         sums[:, :kept] = sums[:, end - top :].clone()

@@ -49,7 +49,7 @@ TELL_EVERY = 30  # seconds between two lines of it in a log, where there is no b
 LOGGED_IMAGES = 4
 # What a resumed run may change; of the first two the product is checked, the images of a step.
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
-FREE_ARGUMENTS |= {"save_every", "wandb", "out", "resume", "coco_root", "lr"}
+FREE_ARGUMENTS |= {"amp", "save_every", "wandb", "out", "resume", "coco_root", "lr"}
 WANDB_LIMITS = {"init_timeout": 60, "finish_timeout": 180, "finish_timeout_raises": True}
 PROGRESS = ("epoch", "batch", "step", "best", "history")  # of a Run, in its checkpoints
 
@@ -114,7 +114,8 @@ class Run:
         self.weight = weight.to(device) if args.weighted else None
         self.ddp_model = distributed.parallel(self.model, device)
         if args.compile:
-            self.ddp_model = torch.compile(self.ddp_model)
+            options = {"fallback_random": True}  # dropout as without
+            self.ddp_model = torch.compile(self.ddp_model, options=options)
         if args.fresh is None:
             args.fresh = models.fresh_classes(manifest.classes, args.weights)
         factor = (10.0 if args.fresh else 1.0) if args.head_lr is None else args.head_lr / args.lr
@@ -730,6 +731,8 @@ def main(argv: list[str] | None = None) -> None:
         device = models.pick_device(distributed.local_device(args.device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            if args.compile and distributed.world() > 1:
+                raise UserError("--compile: not with several GPUs, whose batch norm it cannot take")
         run = Run(args, device, weights="none" if state else args.weights)
         if state:
             run.restore(state)

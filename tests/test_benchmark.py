@@ -1,5 +1,6 @@
 """Every stage of the benchmark runs, and both ways of it do the same work."""
 
+import json
 import os
 from argparse import Namespace
 
@@ -36,7 +37,7 @@ def test_both_ways_make_the_same_masks(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["masks", "index", "sample", "step", "loss", "metric"])
-def test_every_stage_prints_rates_and_ratios(coco, data, stage):
+def test_every_stage_prints_rates_and_ratios(coco, data, stage, tmp_path):
     flags = {
         "masks": ["--coco-root", coco, "--images", 12, "--workers", 1, 2],
         "index": ["--coco-root", coco, "--images", 12],
@@ -45,21 +46,20 @@ def test_every_stage_prints_rates_and_ratios(coco, data, stage):
         "loss": ["--classes", 3, "--size", 32, "--steps", 1, "--batch-size", 2],
         "metric": ["--classes", 3],
     }
-    result = command("tools/benchmark.py", stage, "--repeats", 1, *flags[stage])
+    file = tmp_path / "rows.json"
+    result = command("tools/benchmark.py", stage, "--repeats", 1, "--json", file, *flags[stage])
     assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
-    ours = [line for line in lines if line[0].endswith(".py")]
+    baseline, *ours = json.loads(file.read_text())["rows"]
     assert len(ours) == (2 if stage == "masks" else 1)
-    (baseline,) = [line for line in lines if line[0] == "baseline"]
-    for line in ours:
-        _, rate, milliseconds, ratio = map(
-            float, line[-6:-2] if stage in ("masks", "index", "loss") else line[-4:]
-        )
-        assert rate * milliseconds == pytest.approx(1000, rel=0.2)
-        assert rate / float(baseline[2]) == pytest.approx(ratio, abs=0.01, rel=0.1)
+    (rate,) = [key for key in baseline if key.endswith("s/s")]
+    (milliseconds,) = [key for key in baseline if key.startswith("ms/")]
+    for row in ours:
+        assert row[rate] * row[milliseconds] == pytest.approx(1000)
+        assert row["ratio"] == pytest.approx(row[rate] / baseline[rate])
+        assert f"{row[rate]:.2f}" in result.stdout
     if stage == "masks":
-        assert max(float(line[-2]) for line in [baseline, *ours]) < 150, "torch takes 300 MB"
-        assert float(ours[1][-1]) > 10, "memory of the workers"
+        assert max(row["parent MB"] for row in [baseline, *ours]) < 150, "torch takes 300 MB"
+        assert ours[1]["worker MB"] > 10, "memory of the workers"
 
 
 def test_refusals(tmp_path, refused):

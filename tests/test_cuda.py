@@ -148,7 +148,7 @@ def test_the_commands(data, coco, tmp_path, flags):
         assert result.returncode == 0, result.stderr
     best = load_checkpoint(out / "best.pt")["progress"]["best"]
     (entry,) = json.loads((tmp_path / "a.json").read_text())
-    assert entry["foreground_miou"] == pytest.approx(best, abs=1e-3)
+    assert entry["foreground_miou"] == pytest.approx(best, abs=1e-2)
     assert len(list((out / "p" / "masks_raw").iterdir())) == 9
 
 

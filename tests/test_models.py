@@ -253,9 +253,9 @@ def test_a_cpu_computes_in_bf16_where_it_can(flags, dtype, tmp_path, monkeypatch
     assert models.amp_dtype("auto", cpu) is None
 
 
-def test_no_gpu_is_one_sentence():
-    with pytest.raises(UserError, match="no device 'cuda' here.*--device cpu"):
-        pick_device("cuda")
+def test_no_such_gpu_is_one_sentence():
+    with pytest.raises(UserError, match="no device 'cuda:99' here.*--device cpu"):
+        pick_device("cuda:99")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

@@ -248,8 +248,11 @@ step, restarts = train.Run.train_step, os.environ["TORCHELASTIC_RESTART_COUNT"]
 def deadly(run, batches):
     if run.step == 3 and not os.path.exists({died!r}):
         if os.environ["GROUP_RANK"] == "1":
+            while not os.path.exists({waits!r}):
+                time.sleep(0.1)
             open({died!r}, "w").close()
             os._exit(1)
+        open({waits!r}, "w").close()
         time.sleep(300)  # as a rank that waits in nccl, until its launcher ends it
     return step(run, batches)
 train.Run.train_step = deadly
@@ -262,7 +265,8 @@ train.main(sys.argv[1:])
 def test_two_machines_of_which_one_loses_a_process_go_on(data, tmp_path):
     """Each counts its own restarts, and only that of the dead process counts one."""
     died = tmp_path / "died"
-    (tmp_path / "driver.py").write_text(LONELY.format(scripts=str(SCRIPTS), died=str(died)))
+    names = {"scripts": str(SCRIPTS), "died": str(died), "waits": str(tmp_path / "waits")}
+    (tmp_path / "driver.py").write_text(LONELY.format(**names))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -735,7 +735,7 @@ def test_compile_changes_nothing_but_the_speed(data, tmp_path, monkeypatch):
     """The forward is captured as for a GPU, but run by torch's own operators, to save a minute."""
     compiled, original = [], torch.compile
 
-    def compile_(function):
+    def compile_(function, **_):
         compiled.append(function)
         return original(function, backend="aot_eager")
 

@@ -192,6 +192,7 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     run = Run(parse_args(line)[0], device, weights="none")
     batch = [tensor.to(device) for tensor in next(iter(run.loader))]
     run.model.train()
+    torch.backends.cudnn.benchmark = True  # as train.py has it
 
     def baseline():
         outputs = model(images).values()
