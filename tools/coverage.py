@@ -16,7 +16,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
-from metrics import class_interval, jackknife, leave_one_out, scores
+from metrics import FEWEST, class_interval, jackknife, leave_one_out, scores
 
 IMAGES = 200
 POPULATION = 4000  # samples in one
@@ -40,19 +40,21 @@ def draw(rng: Generator, images: int, holding: list[int]) -> tuple[np.ndarray, n
 
 
 def simulate(holding: list[int], trials: int) -> dict[str, float]:
-    """The share of `trials` samples whose intervals hold the value of the population."""
+    """The share of `trials` samples whose intervals hold the value of the population; of a class
+    that fewer than `FEWEST` images hold there is none."""
     rng = np.random.default_rng(0)
     population = draw(rng, IMAGES * POPULATION, [held * POPULATION for held in holding])
     truth = [scores(counts.sum(axis=0)) for counts in population]
     mean = truth[0]["foreground_miou"]
     difference = truth[1]["foreground_miou"] - mean
-    covered = dict.fromkeys([f"class in {held} images" for held in holding], 0)
+    judged = [(label, held) for label, held in enumerate(holding, start=1) if held >= FEWEST]
+    covered = {f"class in {held} images": 0 for _, held in judged}
     covered |= {"foreground mean": 0, "difference of two": 0}
     for _ in trange(trials, disable=None):
         samples = draw(rng, IMAGES, holding)
         others = [leave_one_out(counts) for counts in samples]
         values = [float(scores(counts.sum(axis=0))["foreground_miou"]) for counts in samples]
-        for label, held in enumerate(holding, start=1):
+        for label, held in judged:
             low, high = class_interval(samples[0][..., label], others[0]["iou"][:, label])
             covered[f"class in {held} images"] += low <= truth[0]["iou"][label] <= high
         left_out = [each["foreground_miou"] for each in others]
@@ -74,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Simulate, and print the shares."""
     args = build_parser().parse_args(argv)
-    if args.trials < 1 or not 4 <= min(args.holding) <= max(args.holding) <= IMAGES:
-        raise common.UserError(f"--trials start at 1, --holding takes 4 to {IMAGES}")
+    if args.trials < 1 or not 1 <= min(args.holding) <= max(args.holding) <= IMAGES:
+        raise common.UserError(f"--trials and --holding start at 1, --holding ends at {IMAGES}")
     for name, share in simulate(args.holding, args.trials).items():
         print(f"{name:<24}{share:>7.1%}")
 
