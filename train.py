@@ -636,7 +636,9 @@ def make_absolute(args: argparse.Namespace) -> None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
 
 
-def complete_from(path: str, parser: argparse.ArgumentParser, argv: list[str] | None):
+def complete_from(
+    path: str, parser: argparse.ArgumentParser, argv: list[str] | None
+) -> argparse.Namespace:
     """The arguments, with network and width of the checkpoint to start from. Raises UserError if
     others are given, or if it cannot be read."""
     own = models.load_checkpoint(path, mmap=True)["args"]
