@@ -235,6 +235,11 @@ class Subject(NamedTuple):
     origin: dict
     setting: str
 
+    def compared(self) -> tuple[list, ...]:
+        """What must be equal for two checkpoints to be compared: classes, images and masks."""
+        manifest, masks = self.manifest, self.manifest.checksums[self.indices].tolist()
+        return manifest.classes, manifest.keys(self.indices), masks
+
 
 def find_subject(path: str, args: argparse.Namespace) -> Subject:
     """What to evaluate. Of --other-data the images that it was validated on, or all if none of them
@@ -388,13 +393,12 @@ def main(argv: list[str] | None = None) -> None:
     check_outputs(args)
     device = pick_device(args.device)
     subjects = [find_subject(path, args) for path in args.ckpt]
-    compared = [(s.manifest.classes, s.manifest.checksums[s.indices].tolist()) for s in subjects]
-    compared = [(*each, s.manifest.keys(s.indices)) for each, s in zip(compared, subjects)]
+    compared = [subject.compared() for subject in subjects]
     for path, images in zip(args.ckpt, compared):
         if images != compared[0]:
             what = "other images, masks or classes"
             raise UserError(f"{path} has {what} than {args.ckpt[0]}: leave it out")
-    picks = ["worst", "best", "random", *compared[0][0][1:]]
+    picks = ["worst", "best", "random", *subjects[0].manifest.classes[1:]]
     if args.pick not in picks:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")
     entries, all_counts, intervals = [], [], not args.no_intervals

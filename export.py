@@ -31,6 +31,7 @@ class Labels(nn.Module):
         self.model, self.size = model, size
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, H, W) uint8."""
         height, width = images.shape[-2:]
         h, w = resized_size(height, width, self.size, torch.sym_min, torch.sym_max)
         x = images.float()

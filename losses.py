@@ -163,6 +163,7 @@ class SumOverChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, masks: Tensor, function: Callable) -> Tensor:
+        """(N, C, h, w) logits and (N, H, W) masks -> a float32 scalar; keeps the gradient."""
         (_, count, h, w), (number, height, width) = logits.shape, masks.shape
         stride = 2 ** round(math.log2(height / h))  # the last cell may be cut off
         chunk = CHUNK.get(logits.device.type, 2**24)

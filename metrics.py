@@ -300,9 +300,8 @@ def difference_table(entries: list[dict]) -> Table:
     rows = [["", "of", "points", "95% interval", "p"]]
     for entry in entries[1:]:
         for key, found in entry["difference"].items():
-            points, *ends = (
-                f"{100 * x:+.1f}" for x in (found["value"], *(found["interval"] or ()))
-            )
+            values = [found["value"], *(found["interval"] or [])]
+            points, *ends = (f"{100 * value:+.1f}" for value in values)
             p = "" if found["p"] is None else f"{found['p']:.3f}"
             rows.append([entry["ckpt"], MEANS[key], points, " to ".join(ends), p])
     return f"Difference to {entries[0]['ckpt']} on the same images", rows
