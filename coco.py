@@ -182,19 +182,17 @@ def _decompressed(text: str) -> list[int]:
     """Run lengths of a compressed RLE string: 5 bits per character, low bits first; bit 5 says that
     more follow, bit 4 of the last is the sign; from the fourth number on, differences to the last
     but one."""
+    if not re.fullmatch("(?:[P-o]{0,6}[0-O])*", text):
+        raise Unusable("RLE string is damaged")
     counts, value, shift = [], 0, 0
     for character in text:
         bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise Unusable("RLE string is damaged")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
             value -= (bits & 16) << (shift - 4)
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
-    if shift:
-        raise Unusable("RLE string is damaged")
     return counts
 
 
