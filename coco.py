@@ -401,7 +401,7 @@ class Tree:
     """Finds files below a folder, by listing each folder once."""
 
     def __init__(self, folder: Path):
-        self.folder, self.names, self.folded = folder, {}, {}
+        self.folder, self.listed = folder, {}
 
     def find(self, name: str) -> str | None:
         """The path below the folder, as on disk, or None. The first parts of a name may repeat the
@@ -415,21 +415,19 @@ class Tree:
 
     def _below(self, found: str, parts: list[str]) -> str:
         for part in parts:
-            names = self._list(found)
-            same = [part] if part in names else self.folded[found].get(fold(part), [])
-            if len(same) != 1:
+            alike = self._list(found).get(fold(part), [])
+            if part not in alike and len(alike) != 1:
                 return ""
-            found = f"{found}/{same[0]}".lstrip("/")
+            found = f"{found}/{part if part in alike else alike[0]}".lstrip("/")
         return found
 
-    def _list(self, below: str) -> set[str]:
-        if below not in self.names:
-            path = self.folder / below
-            self.names[below] = set(os.listdir(path)) if path.is_dir() else set()
-            self.folded[below] = defaultdict(list)
-            for name in self.names[below]:
-                self.folded[below][fold(name)].append(name)
-        return self.names[below]
+    def _list(self, below: str) -> dict[str, list[str]]:
+        if below not in self.listed:
+            path, names = self.folder / below, defaultdict(list)
+            for name in os.listdir(path) if path.is_dir() else []:
+                names[fold(name)].append(name)
+            self.listed[below] = names
+        return self.listed[below]
 
 
 def fold(name: str) -> str:
@@ -439,16 +437,14 @@ def fold(name: str) -> str:
 
 def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | None]]:
     """The folder that holds most of the files, the first of equals, and their paths below it."""
-    best, most = (Path(), [None] * len(names)), -1
+    candidates = []
     for folder in folders:
         tree = Tree(folder)
         found = [tree.find(name) for name in names]
-        count = sum(map(bool, found))
-        if count > most:
-            best, most = (folder, found), count
-        if count == len(names):
+        candidates.append((folder, found))
+        if all(found):
             break
-    return best
+    return max(candidates, key=lambda candidate: sum(map(bool, candidate[1])))
 
 
 def safe_name(name: object) -> str:
