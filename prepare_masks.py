@@ -284,18 +284,17 @@ def replacing(out: Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
-            for name in names:  # the presence of the manifest means that the masks are complete
-                if (out / name).exists():
-                    os.rename(out / name, work / f"{name}.old")
-            for name in reversed(names):
-                os.rename(work / name, out / name)
-        except BaseException:  # as where a folder of Windows holds an open file
-            for name in reversed(names):
-                if (work / f"{name}.old").exists():
-                    if (out / name).exists():
-                        os.rename(out / name, work / name)
-                    os.rename(work / f"{name}.old", out / name)
-            raise
+            # The manifest goes first and comes last: where it is, the masks are complete.
+            moves = [(out / name, work / f"{name}.old") for name in names if (out / name).exists()]
+            moves += [(work / name, out / name) for name in reversed(names)]
+            try:
+                for source, target in moves:
+                    os.rename(source, target)
+            except BaseException:  # as where a folder of Windows holds an open file
+                for source, target in reversed(moves):
+                    if not source.exists():
+                        os.rename(target, source)
+                raise
         finally:
             shutil.rmtree(out if new and not manifest.exists() else work, ignore_errors=True)
 
