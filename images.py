@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +33,10 @@ def _open(path: Path, kind: str, missing: str, damaged: str) -> Iterator[Image.I
 def orientation(image: Image.Image) -> int:
     """What EXIF says of how an image is to be turned, 1 for not at all; 5 and more swap its sides.
     What is damaged says nothing."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-        return value if isinstance(value, int) else 1
-    except Exception:  # whatever Pillow makes of it
-        return 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing; damaged pixels will be met again
-        return image
+    value = None
+    with suppress(Exception):  # whatever Pillow makes of it
+        value = image.getexif().get(0x0112)
+    return value if isinstance(value, int) else 1
 
 
 def read_image(
@@ -68,7 +60,10 @@ def read_image(
         turn = size in (None, turned) if upright else size not in (None, stored)
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
-        return rgb(_upright(image) if turn and turns != 1 else image)
+        if turn and turns != 1:
+            with suppress(Exception):  # damaged EXIF; damaged pixels will be met again
+                image = ImageOps.exif_transpose(image)
+        return rgb(image)
 
 
 def rgb(image: Image.Image) -> Image.Image:
