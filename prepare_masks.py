@@ -70,15 +70,14 @@ def encode_layers(
     """
     layers, counts = defaultdict(list), {"instances": Counter(), "crowds": Counter()}
     for label, annotation in annotations:
-        encoded, lost, iscrowd = None, [], whole(annotation.get("iscrowd") or 0)
+        encoded, blank, iscrowd = None, False, whole(annotation.get("iscrowd") or 0)
         try:
             if iscrowd not in (0, 1):
                 raise Unusable("iscrowd is neither 0 nor 1")
             encoded, lost = encode(annotation.get("segmentation"), height, width)
         except Unusable as reason:
-            lost = [reason]
-        skipped += [(annotation.get("id"), str(reason)) for reason in lost]
-        blank = any(isinstance(reason, Empty) for reason in lost)
+            lost, blank = [str(reason)], isinstance(reason, Empty)
+        skipped += [(annotation.get("id"), reason) for reason in lost]
         if encoded or blank:
             counts["crowds" if iscrowd else "instances"][str(label)] += 1
         if encoded and not (iscrowd and crowd == "background"):
