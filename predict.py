@@ -9,7 +9,6 @@ not an image, or whose stem another image has taken, is named and skipped; the e
 """
 
 import argparse
-import glob
 import os
 import sys
 import warnings
@@ -47,10 +46,8 @@ def find_files(names: list[str]) -> list[Path]:
     """
     files = {}
     for name in names:
-        # A file may be called "a[1].jpg": a name is a pattern only where nothing has it.
-        matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         found = []
-        for match in map(Path, matches):
+        for match in map(Path, filter(os.path.lexists, common.ArgumentParser.expanded(name))):
             own = sorted(match.iterdir()) if match.is_dir() else [match]
             found += [p for p in own if not p.is_dir() and (p is match or p.name[0] != ".")]
         if not found:
