@@ -103,10 +103,9 @@ def predict_labels(
     else:
         inputs = [evaluation_input(to_tensor(image), predictor.size) for image in images]
         sizes = [(image.height, image.width) for image in images]
-        widths = starmap(predictor.width, sizes)
-        pairs = zip(predictor.logits(torch.stack(inputs), widths), sizes)
-        wanted = probabilities
-        found = (predictor.labels_and_probability(logits, *size, wanted) for logits, size in pairs)
+        logits = predictor.logits(torch.stack(inputs), starmap(predictor.width, sizes))
+        labels = predictor.labels_and_probability
+        found = (labels(x, *size, probabilities) for x, size in zip(logits, sizes))
     for tensors in found:
         yield [tensor.cpu().numpy() for tensor in tensors if tensor is not None]
 
