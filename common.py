@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NoReturn, TextIO
@@ -100,11 +99,10 @@ def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
         ids, splits = read("id", np.str_), read("split", np.str_)
         sizes = np.stack([read(side, np.int64) for side in ("height", "width")], axis=1)
         checksums = read("checksum", np.int64)
-        held = [image["pixels"] for image in images]
-        rows = np.repeat(np.arange(len(held)), [len(counts) for counts in held])
-        labels = np.fromiter(map(int, chain.from_iterable(held)), np.int64)
         pixels = np.zeros((len(images), len(classes)), dtype=np.int32)
-        pixels[rows, labels] = list(chain.from_iterable(counts.values() for counts in held))
+        for row, image in zip(pixels, images):
+            for label, count in image["pixels"].items():
+                row[int(label)] = count
         identity = b"".join(column.tobytes() for column in (splits, ids, sizes, checksums))
         return Manifest(
             data=Path(data),
