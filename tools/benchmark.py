@@ -41,37 +41,25 @@ def alone(function: Callable, *arguments: object) -> list[float]:
         raise common.UserError("a measured process died, killed or out of memory") from None
 
 
-def stopwatch() -> Callable[[], float]:
-    """Starts; each call gives the seconds since. On a GPU, of its work: events that it meets."""
-    torch = sys.modules.get("torch")
-    if not (torch and torch.cuda.is_initialized()):
-        start = time.perf_counter()
-        return lambda: time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-
-    def seconds() -> float:
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1000
-
-    return seconds
-
-
 def measure(stage: Callable[..., Iterator[int]], *arguments: object) -> list[float]:
     """Items per second and seconds of a stage, peak MB: of this process, its child, a GPU."""
     sys.stdout = None  # what the stage prints
     work = stage(*arguments)
-    items, elapsed = next(work), stopwatch()
+    items, start = next(work), time.perf_counter()
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda if torch and torch.cuda.is_initialized() else None
+    if gpu:
+        first, last = (gpu.Event(enable_timing=True) for _ in range(2))
+        first.record()
     next(work, None)
-    seconds = elapsed()
+    seconds, gpu_memory = time.perf_counter() - start, 0
+    if gpu:
+        last.record()
+        last.synchronize()
+        seconds, gpu_memory = first.elapsed_time(last) / 1000, gpu.max_memory_allocated() / 2**20
     usage = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     megabyte = 2**10 if sys.platform == "linux" else 2**20  # of ru_maxrss
-    memory = [each.ru_maxrss / megabyte for each in usage]
-    torch = sys.modules.get("torch")
-    on_gpu = torch and torch.cuda.is_initialized()
-    memory.append(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0)
-    return [items / seconds, seconds, *memory]
+    return [items / seconds, seconds, *(each.ru_maxrss / megabyte for each in usage), gpu_memory]
 
 
 def repeat_images(coco_root: Path, split: str, count: int, root: Path) -> None:
@@ -198,10 +186,8 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
         outputs = model(images).values()
         if args.model == "deeplab":
             outputs = (interpolate(x, (size, size), mode="bilinear") for x in outputs)
-        out, *aux = outputs
-        loss = cross_entropy(out, masks, ignore_index=255)
-        for x in aux:
-            loss = loss + 0.5 * cross_entropy(x, masks, ignore_index=255)
+        out, *aux = (cross_entropy(x, masks, ignore_index=255) for x in outputs)
+        loss = out + 0.5 * sum(aux)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -211,11 +197,10 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
         images, masks = normalize(batch[0]).contiguous(), batch[1].long()
         model = run.model.to(memory_format=torch.contiguous_format)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for warm_up in (True, False):
-        if not warm_up:
+    for number in range(2 + args.steps):
+        if number == 2:  # warm by now
             yield args.steps * args.batch_size
-        for _ in range(2 if warm_up else args.steps):
-            loss = baseline() if method == "baseline" else run.train_step([batch])
+        loss = baseline() if method == "baseline" else run.train_step([batch])
     assert 0 < float(loss) < 10
 
 
