@@ -302,8 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         raise common.UserError("--repeats, --workers, --images and --classes start at 1")
     stage, item, flag, script, varied = STAGES[args.stage]
     ours = [f"{script} --{varied} {x}" for x in getattr(args, varied)] if varied else [script]
-    heads, repeats = ["seconds", f"{item}s/s", f"ms/{item}", "ratio"], range(args.repeats)
-    memory = ["parent MB", "worker MB"] if stage in (masks, index, loss) else []
+    heads = ["seconds", f"{item}s/s", f"ms/{item}", "ratio", "parent MB", "worker MB", "GPU MB"]
     found = []
     with tempfile.TemporaryDirectory() as args.work:
         if stage is sample and args.side:
@@ -313,17 +312,16 @@ def main(argv: list[str] | None = None) -> None:
             methods = ["baseline", *ours]
             if stage in (masks, index):
                 alone(repeat_images, args.coco_root, args.split, value, Path(args.work, str(value)))
-            runs = [[alone(measure, stage, m, value, args) for m in methods] for _ in repeats]
+            runs = [
+                [alone(measure, stage, method, value, args) for method in methods]
+                for _ in range(args.repeats)
+            ]
             rate, seconds, *peaks = np.median(runs, axis=0).T
-            columns = dict(zip(heads, [seconds, rate, 1000 / rate, rate / rate[0]]))
-            peaks = dict(zip(["parent MB", "worker MB", "GPU MB"], peaks))
-            columns |= {
-                k: peak for k, peak in peaks.items() if k in memory or peaks["GPU MB"].any()
-            }
-            print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in columns))
-            for method, *figures in zip(methods, *columns.values()):
+            columns = [seconds, rate, 1000 / rate, rate / rate[0], *peaks]
+            print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in heads))
+            for method, *figures in zip(methods, *columns):
                 print(method.ljust(28), *(f"{figure:>11.2f}" for figure in figures), flush=True)
-                found.append({flag: value, "method": method, **dict(zip(columns, figures))})
+                found.append({flag: value, "method": method, **dict(zip(heads, figures))})
     if args.json:
         common.write_text(args.json, json.dumps({"arguments": sys.argv[1:], "rows": found}))
 
