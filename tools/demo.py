@@ -116,15 +116,11 @@ def draw_figure(image: Image.Image, kind: str, x: float, y: float, rng: Generato
 
 def annotate(kind: str, polygons: list, width: int, height: int) -> dict:
     """COCO's annotation of a figure or a crowd, but for the ids."""
-    encoded = rle.merge(rle.frPyObjects(polygons, height, width))
-    segmentation, crowd = polygons, kind == "crowd"
-    if crowd:  # run lengths down the columns, zeros first
-        pixels = rle.decode(encoded).ravel(order="F")
-        ends = [*np.flatnonzero(np.diff(pixels, prepend=0)), pixels.size]
-        segmentation = {"counts": np.diff(ends, prepend=0).tolist(), "size": [height, width]}
+    encoded, crowd = rle.merge(rle.frPyObjects(polygons, height, width)), kind == "crowd"
+    runs = {"size": [height, width], "counts": encoded["counts"].decode()}
     return {
         "category_id": CATEGORIES["person" if crowd else kind],
-        "segmentation": segmentation,
+        "segmentation": runs if crowd else polygons,
         "area": int(rle.area(encoded)),
         "bbox": rle.toBbox(encoded).tolist(),
         "iscrowd": int(crowd),
