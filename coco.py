@@ -36,6 +36,7 @@ WINDOW = 2**24  # bytes of an annotation file in memory at once, where no single
 EXAMPLES = 10  # per reason, in the manifest
 OUTSIDE = "polygon outside the image: annotated on a picture of another size?"
 TOO_SHORT = "polygon has fewer than 6 numbers"
+MISSING = "image file is missing"
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -496,26 +497,23 @@ def split_tasks(
                 owners[id_] = str(name)
             skipped.add("images", str(reason), split, name)
     folder, found = locate([row[1] for row in rows], folders)
-    prefix = Path(os.path.relpath(folder, root)).as_posix()
-    files, missing = {}, []
+    files, missing, prefix = {}, [], Path(os.path.relpath(folder, root)).as_posix()
     for (id_, name, height, width), below in zip(rows, found):
-        owner = owners.setdefault(id_, below or name)
-        if owner != (below or name):
-            two = f"{owner} and {below or name} share the id {id_}"
+        path = below or name
+        if owners.setdefault(id_, path) != path:
+            two = f"{owners[id_]} and {path} share the id {id_}"
             raise UserError(f"{source}: {two}: give each image an id of its own")
-        reason = None if below else "image file is missing"
-        if below in files:
-            reason, tasks[id_] = "another row holds the image: merged", files[below]
-        elif below:
-            reason = fault(folder / below, split, (id_, below), seen)
-        if reason:
-            missing += [folder / name] if reason == "image file is missing" else []
-            skipped.add("images", reason, split, name)
+        if path in files:
+            reason, tasks[id_] = "another row holds the image: merged", files[path]
         else:
-            file = f"{prefix}/{below}".removeprefix("./")
-            tasks[id_] = files[below] = Task(
-                id_, split, file, f"{split}/{below}", height, width, source, []
-            )
+            reason = fault(folder / below, split, (id_, below), seen) if below else MISSING
+        if reason == MISSING:
+            missing.append(folder / name)
+        if reason:
+            skipped.add("images", reason, split, name)
+            continue
+        size, file = (height, width), f"{prefix}/{below}".removeprefix("./")
+        tasks[id_] = files[path] = Task(id_, split, file, f"{split}/{below}", *size, source, [])
     if len(missing) * 2 > len(rows):
         count = f"{len(missing):,} of the {len(rows):,} images of {split} are missing"
         raise UserError(f"{count} (first: {missing[0]}): is it the right folder?")
@@ -530,7 +528,7 @@ def fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
     except PermissionError:
         raise
     except OSError:  # a link that leads nowhere
-        return "image file is missing"
+        return MISSING
     for key in ((stat.st_dev, stat.st_ino), (*name, stat.st_size)):
         earlier, other = seen.setdefault(key, (split, path))
         if earlier != split and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
@@ -541,19 +539,14 @@ def fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
 def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, skipped) -> None:
     """Give the tasks the annotations of chosen classes, and those of no class, whose pixels are
     ignored; those of left out images go with them."""
-    split, labels = index.source.split, {}
-    for id_, name in index.names.items():
-        labels[id_] = classes.index(name) if name in classes[1:] else 0
-    places = zip(index.places[::2], index.places[1::2])
-    ids = zip(index.image_ids, index.category_ids, places)
-    for number, (image_id, category_id, place) in enumerate(ids):
-        if image_id not in owners:
-            reason = "annotation of an unknown image"
-            skipped.add("annotations", reason, split, image_id, f"#{number}")
-            continue
-        if category_id not in labels:
-            reason = "category is not in categories"
-            skipped.add("annotations", reason, split, image_id, f"#{number}")
+    wanted = {name: label for label, name in enumerate(classes)}
+    labels = {id_: wanted.get(name, 0) for id_, name in index.names.items()}
+    rows = zip(index.image_ids, index.category_ids, index.places[::2], index.places[1::2])
+    for number, (image_id, category_id, start, end) in enumerate(rows):
+        known = image_id in owners
+        if not known or category_id not in labels:
+            reason = "category is not in categories" if known else "annotation of an unknown image"
+            skipped.add("annotations", reason, index.source.split, image_id, f"#{number}")
         label = labels.get(category_id, IGNORE_INDEX)
         if label and image_id in tasks:
-            tasks[image_id].annotations.append((label, *place))
+            tasks[image_id].annotations.append((label, start, end))
