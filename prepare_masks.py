@@ -298,43 +298,42 @@ def replacing(out: Path) -> Iterator[Path]:
             shutil.rmtree(out if new and not manifest.exists() else work, ignore_errors=True)
 
 
+def files_by_stem(folder: Path, suffix: str, without: set) -> dict[str, str]:
+    """The image files below a folder whose stems end with `suffix`, by what stands before it."""
+    found, kinds = {}, Image.registered_extensions()
+    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):
+        stem, end = os.path.splitext(name.replace(os.sep, "/"))
+        if end.lower() in kinds and stem.endswith(suffix) and folder / name not in without:
+            other = found.setdefault(stem.removesuffix(suffix), name)
+            if other != name:
+                raise UserError(f"{folder}: {other} and {name} are of one name: move one away")
+    if not found:
+        raise UserError(f"no image files *{suffix} below {folder}: give another folder")
+    return found
+
+
 def mask_tasks(
     source: Source, root: Path, suffixes: list[str], skipped: Skipped, seen: dict
 ) -> list[Task]:
     """A task for each image that has a mask of the same name below its own folder, but for the
     endings of the stems, `suffixes`: the masks' and the images'. `seen` holds the images of earlier
     splits, which keep them."""
-
-    def stems(folder: Path, suffix: str, without: set) -> dict[str, str]:
-        found = {}
-        for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):
-            stem, end = os.path.splitext(name.replace(os.sep, "/"))
-            if not (end.lower() in kinds and stem.endswith(suffix)) or folder / name in without:
-                continue
-            other = found.setdefault(stem.removesuffix(suffix), name)
-            if other != name:
-                raise UserError(f"{folder}: {other} and {name} are of one name: move one away")
-        if not found:
-            raise UserError(f"no image files *{suffix} below {folder}: give another folder")
-        return found
-
-    kinds, folder = Image.registered_extensions(), source.folders[0]
-    masks = stems(source.path, suffixes[0], set())
+    split, folder, tasks = source.split, source.folders[0], []
+    masks = files_by_stem(source.path, suffixes[0], set())
     taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
-    images = stems(folder, [*suffixes, ""][1], taken)
-    for stem in sorted(images.keys() - masks.keys()):
-        skipped.add("images", "image without a mask", source.split, images[stem])
-    for stem in sorted(masks.keys() - images.keys()):
-        skipped.add("annotations", "mask without an image", source.split, masks[stem])
-    tasks = []
-    for stem in sorted(images.keys() & masks.keys()):
-        path = folder / images[stem]
-        if reason := coco.fault(path, source.split, (stem, images[stem]), seen):
-            skipped.add("images", reason, source.split, images[stem])
+    images = files_by_stem(folder, [*suffixes, ""][1], taken)
+    for stem in sorted(images.keys() | masks.keys()):
+        image, mask = images.get(stem), masks.get(stem)
+        if not image:
+            skipped.add("annotations", "mask without an image", split, mask)
+            continue
+        path = folder / image
+        reason = coco.fault(path, split, (stem, image), seen) if mask else "image without a mask"
+        if reason:
+            skipped.add("images", reason, split, image)
             continue
         file = Path(os.path.relpath(path, root)).as_posix()
-        names = (stem, source.split, file, f"{source.split}/{images[stem]}")
-        tasks.append(Task(*names, 0, 0, source.path / masks[stem], None))
+        tasks.append(Task(stem, split, file, f"{split}/{image}", 0, 0, source.path / mask, None))
     return tasks
 
 
