@@ -1,7 +1,7 @@
 """COCO annotation files of any tool, read without trusting them, and their segmentations.
 
     index = read_index(source)  # what a preparation needs to know of each image and annotation
-    tasks = split_tasks(index, root, classes, skipped, seen)
+    tasks = split_tasks(index, root, classes, skipped)
     encoded, dropped = encode(segmentation, height, width)
 
 A file is walked once, value by value, and never held in memory: of an annotation only its ids and
@@ -201,10 +201,11 @@ def _decompressed(text: str) -> list[int]:
 
 
 class Skipped:
-    """What could not be used, `images` and `annotations`: a count and a few examples per reason."""
+    """What could not be used, `images` and `annotations`: a count and a few examples per reason.
+    `seen` holds the images of all splits: of what is in two, the first keeps it."""
 
     def __init__(self, strict: bool = False):
-        self.strict, self.images, self.annotations = strict, {}, {}
+        self.strict, self.images, self.annotations, self.seen = strict, {}, {}, {}
 
     def add(self, kind: str, reason: str, split: str, image: object, annotation=None) -> None:
         """Note an image, or an annotation of one, by names or ids. Raises UserError if strict."""
@@ -219,6 +220,20 @@ class Skipped:
         if self.strict:
             what = ", ".join(f"{name} {value}" for name, value in example.items())
             raise UserError(f"{what}: {reason} (--strict)")
+
+    def fault(self, path: Path, split: str, id_: int | str, name: str) -> str | None:
+        """Why an image file is not to be used: missing, or in an earlier split. Notes it."""
+        try:
+            stat = path.stat()
+        except PermissionError:
+            raise
+        except OSError:  # a link that leads nowhere
+            return MISSING
+        for key in ((stat.st_dev, stat.st_ino), (id_, name, stat.st_size)):
+            earlier, other = self.seen.setdefault(key, (split, path))
+            if earlier != split and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
+                return f"image is in {earlier} too, and kept there"
+        return None
 
     def lines(self) -> list[str]:
         """A line for each reason."""
@@ -478,14 +493,9 @@ def mask_names(paths: list[str]) -> list[str]:
     return names
 
 
-def split_tasks(
-    index: Index, root: Path, classes: list[str], skipped: Skipped, seen: dict
-) -> list[Task]:
-    """The tasks of a split; `mask` is the image's own path yet, below a folder per split.
-
-    `seen` holds the images of earlier splits: of what is in two, the first keeps it. Raises
-    UserError where two files share an id, or where most images are missing.
-    """
+def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) -> list[Task]:
+    """The tasks of a split; `mask` is the image's own path yet, below a folder per split. Raises
+    UserError where two files share an id, or where most images are missing."""
     (split, source, folders), rows, owners, tasks = index.source, [], {}, {}
     for id_, name, height, width in index.images:
         try:
@@ -506,7 +516,7 @@ def split_tasks(
         if path in files:
             reason, tasks[id_] = "another row holds the image: merged", files[path]
         else:
-            reason = fault(folder / below, split, (id_, below), seen) if below else MISSING
+            reason = skipped.fault(folder / below, split, id_, below) if below else MISSING
         if reason == MISSING:
             missing.append(folder / name)
         if reason:
@@ -519,21 +529,6 @@ def split_tasks(
         raise UserError(f"{count} (first: {missing[0]}): is it the right folder?")
     _add_annotations(index, classes, owners, tasks, skipped)
     return list(files.values())
-
-
-def fault(path: Path, split: str, name: tuple, seen: dict) -> str | None:
-    """Why an image file is not to be used: missing, or in an earlier split. Notes it in `seen`."""
-    try:
-        stat = path.stat()
-    except PermissionError:
-        raise
-    except OSError:  # a link that leads nowhere
-        return MISSING
-    for key in ((stat.st_dev, stat.st_ino), (*name, stat.st_size)):
-        earlier, other = seen.setdefault(key, (split, path))
-        if earlier != split and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
-            return f"image is in {earlier} too, and kept there"
-    return None
 
 
 def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, skipped) -> None:

@@ -312,12 +312,9 @@ def files_by_stem(folder: Path, suffix: str, without: set) -> dict[str, str]:
     return found
 
 
-def mask_tasks(
-    source: Source, root: Path, suffixes: list[str], skipped: Skipped, seen: dict
-) -> list[Task]:
+def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped) -> list[Task]:
     """A task for each image that has a mask of the same name below its own folder, but for the
-    endings of the stems, `suffixes`: the masks' and the images'. `seen` holds the images of earlier
-    splits, which keep them."""
+    endings of the stems, `suffixes`: the masks' and the images'."""
     split, folder, tasks = source.split, source.folders[0], []
     masks = files_by_stem(source.path, suffixes[0], set())
     taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
@@ -328,7 +325,7 @@ def mask_tasks(
             skipped.add("annotations", "mask without an image", split, mask)
             continue
         path = folder / image
-        reason = coco.fault(path, split, (stem, image), seen) if mask else "image without a mask"
+        reason = skipped.fault(path, split, stem, image) if mask else "image without a mask"
         if reason:
             skipped.add("images", reason, split, image)
             continue
@@ -339,7 +336,6 @@ def mask_tasks(
 
 def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[str], list[Task]]:
     """The folder that holds all images, the classes by label, and a task for each image."""
-    seen = {}
     if args.coco_root:
         root = Path(os.path.abspath(args.coco_root))
         sources = coco.find_sources(root, args.split)
@@ -353,13 +349,12 @@ def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[s
         sources = list(map(Source, args.split, paths, [[folder] for folder in folders]))
     if args.masks:
         classes = [BACKGROUND, *args.classes]
-        rest = (root, args.mask_suffix, skipped, seen)
-        tasks = [task for source in sources for task in mask_tasks(source, *rest)]
+        found = (mask_tasks(source, root, args.mask_suffix, skipped) for source in sources)
     else:
         indexes = [coco.read_index(source) for source in sources]
         classes = coco.choose_classes(args.classes, indexes)
-        rest = (root, classes, skipped, seen)
-        tasks = [task for index in indexes for task in coco.split_tasks(index, *rest)]
+        found = (coco.split_tasks(index, root, classes, skipped) for index in indexes)
+    tasks = [task for part in found for task in part]
     if len(sources) == 1:
         tasks = [task._replace(mask=task.mask.removeprefix(f"{task.split}/")) for task in tasks]
     names = mask_names([task.mask for task in tasks])

@@ -118,7 +118,7 @@ def index(method: str, count: int, args: argparse.Namespace) -> Iterator[int]:
     else:
         found = coco.read_index(source)
         classes = coco.choose_classes(prepare_masks.CLASSES, [found])
-        assert len(coco.split_tasks(found, root, classes, coco.Skipped(), {})) == count
+        assert len(coco.split_tasks(found, root, classes, coco.Skipped())) == count
 
 
 def square(args: argparse.Namespace) -> None:
