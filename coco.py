@@ -328,8 +328,8 @@ def read_index(source: Source) -> Index:
     try:
         with open(source.path, "rb") as file:
             for key, element, start, end in walk(file):
-                if element is None and not end:
-                    lists.add(key)
+                lists.add(key)
+                if not end:  # the list itself, as yet without an element
                     continue
                 fields = element if isinstance(element, dict) else {}
                 if key == "annotations":
@@ -343,9 +343,8 @@ def read_index(source: Source) -> Index:
                     if names.setdefault(id_, name) != name:
                         raise ValueError(f"category {id_} is both {names[id_]!r} and {name!r}")
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read {source.path} ({error}): mend it, or export it again"
-        ) from None
+        what = f"cannot read {source.path} ({error})"
+        raise UserError(f"{what}: mend it, or export it again") from None
     for key in ("images", "annotations", "categories"):
         if key not in lists:
             raise UserError(f"{source.path} has no list {key!r}: it is not a COCO instances file")

@@ -155,12 +155,11 @@ def _heat(entry: dict) -> str:
 def figure(example: Example, classes: list[str], colors: list, name: str) -> str:
     """HTML of an image's pictures: side by side, or on a narrow screen one that is chosen. `name`
     is unique in the page."""
-    labels, layers, buttons = [None, example.mask, example.prediction, None], [], []
+    labels, layers, buttons = [[], example.mask, example.prediction, []], [], []
     for title, seen, picture in zip(TITLES, labels, pictures(example, colors, PICTURE)):
         picture.save(content := io.BytesIO(), "WEBP", quality=80)
         source = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-        seen = [] if seen is None else np.unique(seen).tolist()
-        seen = ", ".join(classes[label] for label in seen if label < len(classes))
+        seen = ", ".join(classes[c] for c in np.unique(seen).tolist() if c < len(classes))
         size = f'width="{picture.width}" height="{picture.height}"'
         image = f'<img {size} alt="{_text(f"{title}: {seen}".strip(": "))}" src="{source}">'
         layers.append(f"<figure>{image}<figcaption>{title}</figcaption></figure>")

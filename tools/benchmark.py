@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     stage, item, flag, script, varied = STAGES[args.stage]
     ours = [f"{script} --{varied} {x}" for x in getattr(args, varied)] if varied else [script]
     heads = ["seconds", f"{item}s/s", f"ms/{item}", "ratio", "parent MB", "worker MB", "GPU MB"]
-    found = []
+    found, repeats = [], range(args.repeats)
     with tempfile.TemporaryDirectory() as args.work:
         if stage is sample and args.side:
             alone(square, args)
@@ -312,10 +312,7 @@ def main(argv: list[str] | None = None) -> None:
             methods = ["baseline", *ours]
             if stage in (masks, index):
                 alone(repeat_images, args.coco_root, args.split, value, Path(args.work, str(value)))
-            runs = [
-                [alone(measure, stage, method, value, args) for method in methods]
-                for _ in range(args.repeats)
-            ]
+            runs = [[alone(measure, stage, m, value, args) for m in methods] for _ in repeats]
             rate, seconds, *peaks = np.median(runs, axis=0).T
             columns = [seconds, rate, 1000 / rate, rate / rate[0], *peaks]
             print(f"--{flag} {value}".ljust(28), *(f"{head:>11}" for head in heads))
