@@ -398,18 +398,17 @@ def find_sources(root: Path, splits: list[str] | None) -> list[Source]:
     for pattern in (*patterns, "_annotations.coco.json", "result.json", "instances_*.json"):
         if paths := {split_name(path): path for path in sorted(root.glob(pattern))}:
             break
-    splits = list(dict.fromkeys(splits or (["val2017"] if "val2017" in paths else paths)))
-    for split in splits or ["<split>"]:
+    splits, images = splits or (["val2017"] if "val2017" in paths else paths), root / "images"
+    sources = []
+    for split in dict.fromkeys(splits or ["<split>"]):
         if split not in paths:
             missing = f"no annotation file {root / 'annotations' / f'instances_{split}.json'}"
             found = f"found: {', '.join(paths) or 'none'}"
             own = "any other layout: --annotations FILE --images-dir DIR"
             raise UserError(f"{missing}; splits {found}; {own}")
-    return [
-        Source(split, paths[split], [root / split, root / "images" / split, root / "images",
-                                     paths[split].parent, root])
-        for split in splits
-    ]  # fmt: skip
+        folders = [root / split, images / split, images, paths[split].parent, root]
+        sources.append(Source(split, paths[split], folders))
+    return sources
 
 
 class Tree:

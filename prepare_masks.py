@@ -23,7 +23,7 @@ import sys
 import threading
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ class Work(NamedTuple):
 
 
 def encode_layers(
-    annotations: list[tuple[int, dict]], height: int, width: int, crowd: str, skipped: list
+    annotations: Iterable[tuple[int, dict]], height: int, width: int, crowd: str, skipped: list
 ) -> tuple[dict[int, list[dict]], dict]:
     """RLEs by label (255: ignored), and the counts of instances and crowds by label.
 
@@ -159,14 +159,12 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
     return *size, turned
 
 
-def read_places(path: Path, places: list[tuple]) -> list[tuple[int, dict]]:
+def read_places(path: Path, places: list[tuple]) -> Iterator[tuple[int, dict]]:
     """(label, annotation) of each (label, start, end) in an annotation file."""
-    annotations = []
     with open(path, "rb") as file:
         for label, start, end in places:
             file.seek(start)
-            annotations.append((label, json.loads(file.read(end - start))))
-    return annotations
+            yield label, json.loads(file.read(end - start))
 
 
 def prepare_image(task: Task, work: Work) -> dict:
