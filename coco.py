@@ -2,7 +2,7 @@
 
     index = read_index(source)  # what a preparation needs to know of each image and annotation
     tasks = split_tasks(index, root, classes, skipped)
-    encoded, dropped = encode(segmentation, height, width)
+    encoded, dropped, nested = encode(segmentation, height, width)
 
 A file is walked once, value by value, and never held in memory: of an annotation only its ids and
 its place in the file are kept. Whatever a file states is checked before pycocotools, which is C,
@@ -21,6 +21,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, NamedTuple
 
@@ -101,8 +102,9 @@ def identifier(value: object) -> int | str | None:
 # --- segmentations -------------------------------------------------------------------------------
 
 
-def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[str]]:
-    """Compressed RLE, as pycocotools has it, of a segmentation, and why rings of it were dropped.
+def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[str], bool]:
+    """Compressed RLE, as pycocotools has it, of a segmentation; why rings of it were dropped; and
+    whether a ring may lie within another, which might be meant as a hole, and is filled.
 
     Polygons or RLE, as COCO writes them; or a single polygon, pairs, numbers as text, several RLEs.
     Raises Unusable for all that would crash pycocotools, make it guess, or read memory not its own.
@@ -127,10 +129,10 @@ def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[st
             dropped.append(str(reason))
     if not encoded:
         raise Unusable(dropped[0])
-    merged = rle.merge(encoded)
+    merged, areas = rle.merge(encoded), rle.area(encoded)
     if not rle.area(merged):
         raise Empty(OUTSIDE if outside else "segmentation covers no pixel")
-    return merged, dropped
+    return merged, dropped, bool(areas.sum() - rle.area(merged) >= max(1, areas.min()))
 
 
 def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
@@ -140,6 +142,14 @@ def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
         return encode([[x, y, x + w, y, x + w, y + h, x, y + h]], height, width)[0]
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def states_nothing(annotation: dict) -> bool:
+    """Whether it has neither outline nor extent, by its own account: a point, or a placeholder."""
+    box = annotation.get("bbox")
+    extent = box == [] or (isinstance(box, list) and 0 in box[2:])
+    empty = annotation.get("segmentation") in (None, [], [[]], {}, "")
+    return empty and (extent or whole(annotation.get("area")) == 0)
 
 
 def _checked_polygon(polygon: object) -> np.ndarray:
@@ -202,7 +212,7 @@ def _decompressed(text: str) -> list[int]:
 
 class Skipped:
     """What could not be used, `images` and `annotations`: a count and a few examples per reason.
-    `seen` holds the images of all splits: of what is in two, the first keeps it."""
+    `seen` holds the images of all splits: an image in two of them stays in the first."""
 
     def __init__(self, strict: bool = False):
         self.strict, self.images, self.annotations, self.seen = strict, {}, {}, {}
@@ -221,18 +231,21 @@ class Skipped:
             what = ", ".join(f"{name} {value}" for name, value in example.items())
             raise UserError(f"{what}: {reason} (--strict)")
 
-    def fault(self, path: Path, split: str, id_: int | str, name: str) -> str | None:
-        """Why an image file is not to be used: missing, or in an earlier split. Notes it."""
+    def earlier(self, path: Path, task: Task) -> Task | None:
+        """The task of an earlier split that has the same image; if none has, this one is noted.
+        Raises Unusable if there is no such file."""
         try:
             stat = path.stat()
         except PermissionError:
             raise
         except OSError:  # a link that leads nowhere
-            return MISSING
-        for key in ((stat.st_dev, stat.st_ino), (id_, name, stat.st_size)):
-            earlier, other = self.seen.setdefault(key, (split, path))
-            if earlier != split and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
-                return f"image is in {earlier} too, and kept there"
+            raise Unusable(MISSING) from None
+        name = task.mask.removeprefix(f"{task.split}/")
+        for key in ((stat.st_dev, stat.st_ino), (task.id, name, stat.st_size)):
+            other, known = self.seen.setdefault(key, (path, task))
+            same = known.split != task.split
+            if same and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
+                return known
         return None
 
     def lines(self) -> list[str]:
@@ -339,7 +352,8 @@ def read_index(source: Source) -> Index:
                 elif key == "images":
                     images.append(_image_row(fields))
                 elif key == "categories" and isinstance(fields.get("name"), str | int | float):
-                    id_, name = identifier(fields.get("id")), str(fields["name"])
+                    id_, name = identifier(fields.get("id")), str(fields["name"]).strip()
+                    name = name or f"category {id_}"
                     if names.setdefault(id_, name) != name:
                         raise ValueError(f"category {id_} is both {names[id_]!r} and {name!r}")
     except (ValueError, RecursionError) as error:
@@ -353,8 +367,11 @@ def read_index(source: Source) -> Index:
 
 
 def _image_row(image: dict) -> tuple:
-    """Id, file name, height, width. LVIS has no file name, but an address that ends with it."""
-    name = image.get("file_name")
+    """Id, file name, height, width. LVIS has no file name, but an address that ends with it; those
+    of COCO Annotator may be the same in two folders, but it writes a path too."""
+    name, path = image.get("file_name"), image.get("path")
+    if isinstance(path, str) and path.endswith(f"/{name}"):
+        name = path
     if not name and isinstance(image.get("coco_url"), str):
         name = "/".join(image["coco_url"].split("/")[-2:])
     height, width = (max(0, whole(image.get(side)) or 0) for side in ("height", "width"))
@@ -364,19 +381,23 @@ def _image_row(image: dict) -> tuple:
 def choose_classes(wanted: list[str], indexes: list[Index]) -> list[str]:
     """Class names by label, the background first; ["all"] stands for all categories.
 
-    Says which split lacks one. Raises UserError for a class that no split has."""
+    Says which split lacks one, and which categories count as one whose name they have but for the
+    case. Raises UserError for a class that no split has."""
     known = dict.fromkeys(name for index in indexes for name in index.names.values())
     if wanted == ["all"]:
         return [BACKGROUND, *(name for name in known if name != BACKGROUND)]
     for name in wanted:
-        lacking = [index.source for index in indexes if name not in index.names.values()]
-        if len(lacking) == len(indexes):
+        if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"it knows {', '.join(known) or 'none at all'}"
             hint = f"did you mean {close[0]!r}?" if close else hint
-            raise UserError(f"{lacking[0].path} has no category {name!r}; {hint}")
-        for source in lacking:
-            print(f"note: {source.split} has no category {name!r}", file=sys.stderr)
+            raise UserError(f"{indexes[0].source.path} has no category {name!r}; {hint}")
+        for other in known:
+            if fold(other) == fold(name) and other not in wanted:
+                print(f"note: category {other!r} counts as {name!r}", file=sys.stderr)
+        for index in indexes:
+            if fold(name) not in map(fold, index.names.values()):
+                print(f"note: {index.source.split} has no category {name!r}", file=sys.stderr)
     return [BACKGROUND, *wanted]
 
 
@@ -419,11 +440,12 @@ class Tree:
 
     def find(self, name: str) -> str | None:
         """The path below the folder, as on disk, or None. The first parts of a name may repeat the
-        last of the folder's; a name may differ in case or Unicode form where just one fits."""
-        parts, own = name.split("/"), self.folder.parts
-        for repeated in range(min(len(parts), len(own) + 1)):
-            same = not repeated or parts[:repeated] == list(own[-repeated:])
-            if same and (found := self._below("", parts[repeated:])):
+        last of the folder's; of a name that begins with a slash, the longest end that is there is
+        taken. A name may differ in case or Unicode form where just one fits."""
+        parts, own = name.lstrip("/").split("/"), self.folder.parts
+        for first in range(len(parts)):
+            left_out = not first or name[0] == "/" or parts[:first] == list(own[-first:])
+            if left_out and (found := self._below("", parts[first:])):
                 return found
         return None
 
@@ -462,14 +484,17 @@ def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | 
 
 
 def safe_name(name: object) -> str:
-    """A file name with slashes, as Windows tools may not write it. Raises Unusable if it is none,
-    or leads out of its folder."""
+    """A file name with slashes, as Windows tools may not write it. It begins with a slash where it
+    is of another machine: absolute, of the web, or after "..". Raises Unusable if it is none."""
     if not isinstance(name, str) or not name.strip():
         raise Unusable("image without a file name")
-    relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts:
-        raise Unusable("file name leads out of the image folder")
-    return str(relative)
+    drive = PureWindowsPath(name).drive
+    path = re.sub(r"^\w+://([^?#]*).*", r"/\1", name.removeprefix(drive))
+    path = PurePosixPath(path.replace("\\", "/"))
+    parts = [*takewhile(lambda part: part not in ("/", "//", ".."), reversed(path.parts))][::-1]
+    if not parts:
+        raise Unusable("image without a file name")
+    return "/" * (len(parts) < len(path.parts) or drive != "") + "/".join(parts)
 
 
 def mask_names(paths: list[str]) -> list[str]:
@@ -493,8 +518,9 @@ def mask_names(paths: list[str]) -> list[str]:
 
 def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) -> list[Task]:
     """The tasks of a split; `mask` is the image's own path yet, below a folder per split. Raises
-    UserError where two files share an id, or where most images are missing."""
-    (split, source, folders), rows, owners, tasks = index.source, [], {}, {}
+    UserError where two files share an id, where most images are missing, and where an earlier split
+    has an image without a class that this one gives it."""
+    (split, source, folders), rows, owners, tasks, shared = index.source, [], {}, {}, {}
     for id_, name, height, width in index.images:
         try:
             if id_ is None:
@@ -511,29 +537,45 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
         if owners.setdefault(id_, path) != path:
             two = f"{owners[id_]} and {path} share the id {id_}"
             raise UserError(f"{source}: {two}: give each image an id of its own")
-        if path in files:
-            reason, tasks[id_] = "another row holds the image: merged", files[path]
-        else:
-            reason = skipped.fault(folder / below, split, id_, below) if below else MISSING
-        if reason == MISSING:
-            missing.append(folder / name)
-        if reason:
-            skipped.add("images", reason, split, name)
-            continue
         size, file = (height, width), f"{prefix}/{below}".removeprefix("./")
-        tasks[id_] = files[path] = Task(id_, split, file, f"{split}/{below}", *size, source, [])
+        task = Task(id_, split, file, f"{split}/{below}", *size, source, [])
+        try:
+            if not below:
+                raise Unusable(MISSING)
+            if below in files:
+                other, its_name = files[below]
+                sizes = {size, (other.height, other.width)}
+                if its_name != name or (len(sizes) > 1 and all(map(all, sizes))):
+                    raise Unusable("another row leads to the same file, by another name or size")
+                tasks[id_] = other
+                raise Unusable("another row holds the image: merged")
+            if earlier := skipped.earlier(folder / below, task):
+                shared[id_] = earlier
+                raise Unusable(f"image is in {earlier.split} too, and kept there")
+            tasks[id_], files[below] = task, (task, name)
+        except Unusable as reason:
+            missing += [folder / name] if str(reason) == MISSING else []
+            skipped.add("images", str(reason), split, name)
     if len(missing) * 2 > len(rows):
         count = f"{len(missing):,} of the {len(rows):,} images of {split} are missing"
         raise UserError(f"{count} (first: {missing[0]}): is it the right folder?")
-    _add_annotations(index, classes, owners, tasks, skipped)
-    return list(files.values())
+    for image_id, label in _add_annotations(index, classes, owners, tasks, skipped):
+        earlier = shared.get(image_id)
+        if earlier and label not in (own for own, *_ in earlier.annotations):
+            both = f"{earlier.source} and {source} label the same images"
+            remedy = "merge the files, or prepare them apart"
+            raise UserError(f"{both}, and only the second has {classes[label]}: {remedy}")
+    return [task for task, _ in files.values()]
 
 
-def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, skipped) -> None:
+def _add_annotations(
+    index: Index, classes: list, owners: dict, tasks: dict, skipped: Skipped
+) -> Iterator[tuple]:
     """Give the tasks the annotations of chosen classes, and those of no class, whose pixels are
-    ignored; those of left out images go with them."""
-    wanted = {name: label for label, name in enumerate(classes)}
-    labels = {id_: wanted.get(name, 0) for id_, name in index.names.items()}
+    ignored. Yields image id and label of those whose image is left out."""
+    wanted = {fold(name): label for label, name in enumerate(classes)}
+    wanted |= {name: label for label, name in enumerate(classes)}
+    labels = {id_: wanted.get(n, wanted.get(fold(n), 0)) for id_, n in index.names.items()}
     rows = zip(index.image_ids, index.category_ids, index.places[::2], index.places[1::2])
     for number, (image_id, category_id, start, end) in enumerate(rows):
         known = image_id in owners
@@ -543,3 +585,5 @@ def _add_annotations(index: Index, classes: list, owners: dict, tasks: dict, ski
         label = labels.get(category_id, IGNORE_INDEX)
         if label and image_id in tasks:
             tasks[image_id].annotations.append((label, start, end))
+        elif label not in (0, IGNORE_INDEX):
+            yield image_id, label

@@ -131,6 +131,6 @@ def read_labels(path: Path, codes: dict) -> np.ndarray:
     if labels.min() < 0:
         value = values[labels < 0][0]
         value = f"#{value:06x}" if colors else value
-        remedy = "name its class with --classes and --colors, or give it to --ignore"
+        remedy = "name its class, or background, in --classes and --colors, or give it to --ignore"
         raise UserError(f"{path} holds {value}, which is no class: {remedy}")
     return labels.astype(np.uint8)

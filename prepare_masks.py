@@ -12,6 +12,7 @@ bbox of such an annotation is 255, "ignore", or else its image is left out.
 """
 
 import argparse
+import filecmp
 import glob
 import json
 import multiprocessing
@@ -45,6 +46,9 @@ from images import FORMATS, orientation, read_labels, rgb
 CLASSES = ["person", "car", "bus", "dog"]
 PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
 FOLDERS = ("masks_raw", "masks_colored")
+COLUMNS = ("images", "instances", "crowds", "pixels")  # of the table
+# Pixels of crowds; pixels of a class before others are painted over it; rings within rings.
+COUNTS = ("instances", "crowds", "crowded", "drawn", "filled")
 
 
 class Work(NamedTuple):
@@ -62,42 +66,47 @@ class Work(NamedTuple):
 
 def encode_layers(
     annotations: Iterable[tuple[int, dict]], height: int, width: int, crowd: str, skipped: list
-) -> tuple[dict[int, list[dict]], dict]:
-    """RLEs by label (255: ignored), and the counts of instances and crowds by label.
+) -> tuple[dict[int, dict], dict]:
+    """One RLE by label (255: ignored), and the `COUNTS` by label.
 
     What cannot be used goes to `skipped`, and its bbox is ignored. Raises Unusable, for the whole
     image, where it has none.
     """
-    layers, counts = defaultdict(list), {"instances": Counter(), "crowds": Counter()}
+    layers, counts = defaultdict(list), {kind: Counter() for kind in COUNTS}
     for label, annotation in annotations:
         encoded, blank, iscrowd = None, False, whole(annotation.get("iscrowd") or 0)
+        key = str(label)
         try:
             if iscrowd not in (0, 1):
                 raise Unusable("iscrowd is neither 0 nor 1")
-            encoded, lost = encode(annotation.get("segmentation"), height, width)
+            encoded, lost, nested = encode(annotation.get("segmentation"), height, width)
+            counts["filled"][key] += nested
+            counts["crowded"][key] += int(rle.area(encoded)) * iscrowd
         except Unusable as reason:
             lost, blank = [str(reason)], isinstance(reason, Empty)
         skipped += [(annotation.get("id"), reason) for reason in lost]
         if encoded or blank:
-            counts["crowds" if iscrowd else "instances"][str(label)] += 1
+            counts["crowds" if iscrowd else "instances"][key] += 1
         if encoded and not (iscrowd and crowd == "background"):
             layers[IGNORE_INDEX if iscrowd and crowd == "ignore" else label].append(encoded)
         # A ring of two points encloses nothing: all that it could have shown is there.
         if lost and not (encoded and set(lost) == {coco.TOO_SHORT}):
             if box := coco.encode_bbox(annotation.get("bbox"), height, width):
                 layers[IGNORE_INDEX].append(box)
-            elif not encoded and not blank:
+            elif not blank and not coco.states_nothing(annotation):
                 raise Unusable("an annotation cannot be used, and has no bbox to ignore")
-    return layers, counts
+    merged = {label: rle.merge(layer) for label, layer in layers.items()}
+    counts["drawn"].update({str(c): int(rle.area(layer)) for c, layer in merged.items()})
+    return merged, counts
 
 
-def paint(layers: dict[int, list[dict]], paint_order: list[int], height, width) -> np.ndarray:
+def paint(layers: dict[int, dict], paint_order: list[int], height, width) -> np.ndarray:
     """(H, W) uint8 labels. Each class is painted once, as the union of its instances, in
     `paint_order`; ignored crowds come first, so that any instance covers them."""
     mask = np.zeros((width, height), dtype=np.uint8)  # transposed: RLE runs down columns
     for label in [IGNORE_INDEX, *paint_order]:
         if label in layers:
-            mask[rle.decode(rle.merge(layers[label])).T.view(bool)] = label
+            mask[rle.decode(layers[label]).T.view(bool)] = label
     return np.ascontiguousarray(mask.T)
 
 
@@ -133,8 +142,9 @@ def blank_files(height: int, width: int, colors: tuple) -> tuple[bytes, bytes, d
     return mask_files(np.zeros((height, width), dtype=np.uint8), colors)
 
 
-def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, int, bool]:
-    """Height and width of an image as annotated, and whether EXIF swaps its sides for that.
+def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, int, str | None]:
+    """Height and width of an image as annotated, and which way the size shows EXIF to go, "stored"
+    or "upright"; "unclear" if it does not show it, None if EXIF turns nothing.
 
     Without a stated size the file's is taken. Raises Unusable where they differ, or the file is
     damaged: in its header, or with --check anywhere.
@@ -142,21 +152,24 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
     try:
         with Image.open(path, formats=FORMATS) as image:
             size, stated = (image.height, image.width), (height, width)
-            # EXIF is looked at only where it matters: for that Pillow decodes a whole PNG.
-            upright = size != stated if all(stated) else work.exif == "upright"
-            turned = upright and orientation(image) >= 5
+            # Pillow would decode a whole PNG to look further: only where the size says it must.
+            looked = size != stated or "exif" in image.info or image.format == "TIFF"
+            turns = orientation(image) if looked else 1
             if image.mode == "F":
                 raise ValueError("floating-point pixels")
             if work.check:
                 rgb(image)
     except Exception:  # a damaged file can make Pillow raise anything
         raise Unusable("image file is not readable") from None
-    size = size[::-1] if turned else size
+    turned = size[::-1] if turns >= 5 else size
+    upright = stated == turned if all(stated) else work.exif == "upright"
+    exif = "unclear" if turned == size or not all(stated) else "upright" if upright else "stored"
+    size = turned if upright else size
     if all(stated) and size != stated:
         raise Unusable("image file has another size than the annotations say")
     if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise Unusable(f"image has more than {Image.MAX_IMAGE_PIXELS} pixels")
-    return *size, turned
+    return *size, exif if turns != 1 else None
 
 
 def read_places(path: Path, places: list[tuple]) -> Iterator[tuple[int, dict]]:
@@ -168,16 +181,16 @@ def read_places(path: Path, places: list[tuple]) -> Iterator[tuple[int, dict]]:
 
 
 def prepare_image(task: Task, work: Work) -> dict:
-    """Write one image's masks. Returns what the manifest's row says, with what does not stay in it:
-    "counts" of instances and crowds, whether EXIF has "turned" it, and "skipped", (annotation id,
-    reason) pairs; or these and why the image is "unusable"."""
-    skipped, counts = [], {"instances": {}, "crowds": {}}
+    """Write one image's masks. Returns its row of the manifest, and with it what does not stay
+    there: the `COUNTS` in "counts", "exif" as of `check_image`, and in "skipped" pairs of an
+    annotation's id and a reason; of an "unusable" image only that word, why, and "skipped"."""
+    skipped, counts = [], {}
     size, mask = (task.height, task.width), None
     try:
         if task.annotations is None:
             mask = read_labels(task.source, work.codes)
             size = mask.shape
-        height, width, turned = check_image(work.root / task.file, *size, work)
+        height, width, exif = check_image(work.root / task.file, *size, work)
         if task.annotations:
             annotations = read_places(task.source, task.annotations)
             layers, counts = encode_layers(annotations, height, width, work.crowd, skipped)
@@ -193,7 +206,7 @@ def prepare_image(task: Task, work: Work) -> dict:
             file.write(content)
     row = {"id": task.id, "split": task.split, "file": task.file, "mask": task.mask}
     row |= {"height": height, "width": width, **files[2]}
-    return row | {"counts": counts, "turned": turned, "skipped": skipped}
+    return row | {"counts": counts, "exif": exif, "skipped": skipped}
 
 
 def _start_worker() -> None:
@@ -216,11 +229,10 @@ def start_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tuple:
-    """The manifest's rows of the usable images; by label the images, instances, crowds and pixels
-    of each class; and the splits of which EXIF has turned an image. What could not be used is added
-    to `skipped`."""
-    prepare, rows, turned = partial(prepare_image, work=work), [], set()
-    totals = {name: Counter() for name in ("images", "instances", "crowds", "pixels")}
+    """The manifest's rows of the usable images; the `COLUMNS` and `COUNTS` by label; and of each
+    split how many images there are of each "exif". What could not be used is added to `skipped`."""
+    prepare, rows, exif = partial(prepare_image, work=work), [], defaultdict(Counter)
+    totals = {name: Counter() for name in (*COLUMNS, *COUNTS)}
     results = pool.map(prepare, tasks, chunksize=16) if pool else map(prepare, tasks)
     progress = tqdm(results, total=len(tasks), unit="image", disable=None)
     try:
@@ -233,8 +245,8 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
             counts = row.pop("counts") | {"pixels": row["pixels"]}
             for name, count in counts.items():
                 totals[name].update(count)
-            totals["images"].update(set().union(*counts.values()))
-            turned |= {task.split} if row.pop("turned") else set()
+            totals["images"].update(set().union(*(counts.get(name, ()) for name in COLUMNS)))
+            exif[task.split][row.pop("exif")] += 1
             rows.append(row)
     except BrokenProcessPool:
         remedy = f"try fewer --workers; with 1, the image after the newest in {work.folder} is it"
@@ -242,7 +254,7 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-    return rows, totals, turned
+    return rows, totals, exif
 
 
 def refuse_nothing(totals: dict, classes: list[str], crowd: str, skipped: Skipped) -> None:
@@ -322,13 +334,22 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
         if not image:
             skipped.add("annotations", "mask without an image", split, mask)
             continue
-        path = folder / image
-        reason = skipped.fault(path, split, stem, image) if mask else "image without a mask"
-        if reason:
-            skipped.add("images", reason, split, image)
+        if not mask:
+            skipped.add("images", "image without a mask", split, image)
             continue
+        path, mask = folder / image, source.path / mask
         file = Path(os.path.relpath(path, root)).as_posix()
-        tasks.append(Task(stem, split, file, f"{split}/{image}", 0, 0, source.path / mask, None))
+        task = Task(stem, split, file, f"{split}/{image}", 0, 0, mask, None)
+        try:
+            if not (earlier := skipped.earlier(path, task)):
+                tasks.append(task)
+                continue
+            if not filecmp.cmp(mask, earlier.source, shallow=False):
+                both = f"{earlier.source} and {mask} are different masks of the same image"
+                raise UserError(f"{both}: merge them, or prepare them apart")
+            raise Unusable(f"image is in {earlier.split} too, and kept there")
+        except Unusable as reason:
+            skipped.add("images", str(reason), split, image)
     return tasks
 
 
@@ -429,14 +450,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         for name in names:
             if names.count(name) > 1:
                 parser.error(f"{flag} names {name!r} twice: name each class once")
-    if BACKGROUND in args.classes:
+    if BACKGROUND in args.classes and not args.colors:
         parser.error(f"{BACKGROUND!r} is always label 0: leave it out of --classes")
     args.codes = mask_codes(parser, args) if args.masks else None
+    args.classes = [name for name in args.classes if name != BACKGROUND]
     return args
 
 
 def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
-    """The label of each value, or (red, green, blue), that masks may hold."""
+    """The label of each value, or (red, green, blue), that masks may hold. The background is 0, or
+    black, unless it is among the classes."""
 
     def parsed(text: str) -> int | tuple:
         try:
@@ -454,27 +477,49 @@ def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dic
     for value in values + ignored:
         if (values + ignored).count(value) > 1:
             parser.error(f"--colors and --ignore name {value} twice: give each class its own")
-    plain = isinstance(values[0], int)
-    codes = {0: 0, IGNORE_INDEX: IGNORE_INDEX} if plain else {(0, 0, 0): 0}
+    plain, labels = isinstance(values[0], int), dict(zip(args.classes, values))
+    background = labels.pop(BACKGROUND, 0 if plain else (0, 0, 0))
+    codes = {background: 0} | ({IGNORE_INDEX: IGNORE_INDEX} if plain else {})
     codes |= dict.fromkeys(ignored, IGNORE_INDEX)
-    return codes | {value: label for label, value in enumerate(values, start=1)}
+    return codes | {value: label for label, value in enumerate(labels.values(), start=1)}
 
 
-def note_crowds(totals: dict[str, Counter], classes: list[str]) -> None:
-    """Say where so much is a crowd that this may be but how a tool writes its masks."""
+def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
+    """Which way EXIF goes in each split, "stored" or "upright": as the sizes of its images show, or
+    else those of the other splits, which the same tool has written."""
+    total = sum(found.values(), Counter())
+    if total["unclear"] and not total["upright"] + total["stored"]:
+        seen = f"note: EXIF turns {total['unclear']} images, and no stated size shows which way was"
+        print(f"{seen} annotated: look at masks_colored, and say --exif upright if they are wrong")
+    shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
+    return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
+
+
+def print_notes(totals: dict[str, Counter], classes: list[str], crowd: str) -> None:
+    """Say what may not be as it was meant: much that is a crowd, hidden, or a ring in a ring."""
+    hidden = []
     for label, name in enumerate(classes):
-        crowds, instances = (totals[kind][str(label)] for kind in ("crowds", "instances"))
-        if 10 * crowds > instances:
+        crowds, instances, crowded, drawn, pixels = (
+            totals[kind][str(label)]
+            for kind in ("crowds", "instances", "crowded", "drawn", "pixels")
+        )
+        if crowd == "ignore" and (10 * crowds > instances or crowded > drawn):
             found = f"note: {crowds} of {crowds + instances} {name} are crowds (iscrowd 1), ignored"
-            print(f"{found}: --crowd class if they are single objects, as CVAT's brush writes them")
+            print(f"{found}: --crowd class if they are objects, as brushes and Roboflow write them")
+        if label and 2 * pixels < drawn:
+            hidden.append(f"{name} ({1 - pixels / drawn:.0%})")
+    if hidden:
+        print(f"note: other classes cover {', '.join(hidden)}: name those in front in --priority")
+    if nested := totals["filled"].total():
+        print(f"note: {nested} annotations have a ring in a ring, which is filled: holes need RLE")
 
 
 def print_table(rows: list[dict], totals: dict[str, Counter], classes: list[str]) -> None:
     """Images, instances, crowds, pixels and share of the labelled pixels, a line per class."""
     line = "{:<16}{:>9}{:>11}{:>8}{:>15}{:>9}".format
-    print(line("class", *totals, "share"))
+    print(line("class", *COLUMNS, "share"))
     for label, name in enumerate(classes):
-        counts = [total[str(label)] for total in totals.values()]
+        counts = [totals[column][str(label)] for column in COLUMNS]
         counts = counts if label else [len(rows), "", "", counts[-1]]
         print(line(name, *counts, f"{counts[-1] / totals['pixels'].total():.2%}"))
     ignored = [row["ignored"] for row in rows if row["ignored"]]
@@ -490,27 +535,26 @@ def main(argv: list[str] | None = None) -> None:
     order, colors = paint_order(args.priority, classes), tuple(common.class_colors(len(classes)))
     with replacing(args.out) as folder:
         work = Work(root, folder, colors, order, args.crowd, args.exif, args.check, args.codes)
-        rows, totals, turned = prepare_images(tasks, work, pool, skipped)
+        rows, totals, exif = prepare_images(tasks, work, pool, skipped)
         refuse_nothing(totals, classes, args.crowd, skipped)
-        splits = dict.fromkeys(task.split for task in tasks)
+        splits = list(dict.fromkeys(task.split for task in tasks))
         content = {
             "version": common.MANIFEST_VERSION,
             "root": str(root),
-            "splits": list(splits),
+            "splits": splits,
             "classes": classes,
             "colors": colors,
             "ignore_index": IGNORE_INDEX,
             "ignore_color": common.IGNORE_COLOR,
             "priority": [classes[label] for label in reversed(order)],
             "crowd": args.crowd,
-            "exif": {s: args.exif or ("upright" if s in turned else "stored") for s in splits},
+            "exif": dict.fromkeys(splits, args.exif) if args.exif else exif_of(splits, exif),
             "skipped": {"images": skipped.images, "annotations": skipped.annotations},
             "images": sorted(rows, key=lambda row: (row["split"], str(row["id"]))),
         }
         common.write_text(folder / "manifest.json", json.dumps(content))
     print_table(rows, totals, classes)
-    if args.crowd == "ignore":
-        note_crowds(totals, classes)
+    print_notes(totals, classes, args.crowd)
     for line in skipped.lines():
         print(f"skipped {line}", file=sys.stderr)
     print(f"{len(rows)} masks in {args.out}")

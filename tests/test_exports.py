@@ -347,18 +347,67 @@ def test_missing_images(tmp_path, refuse):
     assert len(json.loads((tmp_path / "data" / "manifest.json").read_text())["images"]) == 3
 
 
-def test_names_that_lead_out_are_refused_whatever_writes_them(tmp_path):
-    names = ["../b.jpg", "c\\..\\..\\b.jpg", "/b.jpg", "C:\\b.jpg", "C:b.jpg", "", 7]
-    write_image(tmp_path / "b.jpg")
-    rows = [image_row(1, "a.jpg")] + [image_row(n, name) for n, name in enumerate(names, start=2)]
-    write_image(tmp_path / "images" / "a.jpg")
+FOREIGN = [
+    "../{}",
+    "c\\..\\..\\{}",
+    "/x/{}",
+    "C:\\x\\{}",
+    "C:{}",
+    "s3://x/{}",
+    "https://x.org/y/{}?z=1",
+]
+
+
+def test_names_of_other_machines_are_found_by_their_end_and_never_outside(tmp_path, refuse):
+    """labelme2coco: "../images/a.jpg"; Label Studio 1.16: "..\\..\\upload\\4\\a.png"; Labelbox and
+    Darwin: addresses."""
+    names = [name.format(f"{n}.jpg") for n, name in enumerate(FOREIGN)]
+    rows = [image_row(n, name) for n, name in enumerate([*names, "", "..", 7])]
+    for number in range(len(names)):
+        write_image(tmp_path / "images" / f"{number}.jpg", seed=number)
+    write_image(tmp_path / "outside.jpg")
+    path = write_json(tmp_path / "a.json", rows, [person(n) for n in range(len(names))])
+    flags = ("--annotations", path, "--images-dir", tmp_path / "images")
+    manifest, by_name = prepare(tmp_path, *flags)
+    assert list(by_name) == [f"{n}.png" for n in range(len(names))]
+    assert all(row["pixels"]["1"] == 16 for row in by_name.values())
+    assert reasons(manifest, "images") == {"image without a file name": 3}
+    rows = [image_row(n, name.format("outside.jpg")) for n, name in enumerate(FOREIGN)]
+    write_json(path, [image_row(9, "0.jpg"), *rows], [person(9)])
+    assert f"{len(FOREIGN)} of the {len(FOREIGN) + 1} images of a are missing" in refuse(*flags)
+
+
+def test_the_longest_end_of_a_name_is_taken(tmp_path):
+    for number, folder in enumerate(("cam0", "cam1")):
+        write_image(tmp_path / "images" / folder / "a.jpg", seed=number)
+    rows = [image_row(n, f"/home/me/cam{n}/a.jpg") for n in range(2)]
     path = write_json(tmp_path / "a.json", rows, [person(1)])
-    manifest, by_name = prepare(
-        tmp_path, "--annotations", path, "--images-dir", tmp_path / "images"
-    )
-    assert list(by_name) == ["a.png"]
-    counts = reasons(manifest, "images")
-    assert counts == {"file name leads out of the image folder": 5, "image without a file name": 2}
+    flags = ("--annotations", path, "--images-dir", tmp_path / "images")
+    _, by_name = prepare(tmp_path, *flags)
+    assert {name: "1" in row["pixels"] for name, row in by_name.items()} == {
+        "cam0/a.png": False,
+        "cam1/a.png": True,
+    }
+
+
+def test_two_images_of_one_name_are_not_merged(tmp_path):
+    """COCO Annotator writes the same "file_name" for both, and a "path"; Darwin states other sizes.
+    What one folder holds of them has the annotations of its own row alone."""
+    for number, folder in enumerate(("cam0", "cam1")):
+        write_image(tmp_path / folder / "a.jpg", seed=number)
+    rows = [{**image_row(n, "a.jpg"), "path": f"/datasets/x/cam{n}/a.jpg"} for n in range(2)]
+    anns = [person(0), person(1, polygon(7, 2, 3, 4))]
+    path = write_json(tmp_path / "a.json", rows, anns)
+    _, by_name = prepare(tmp_path, "--annotations", path, "--images-dir", tmp_path)
+    assert [by_name[f"cam{n}/a.png"]["pixels"]["1"] for n in range(2)] == [16, 12]
+    flags = ("--annotations", path, "--images-dir", tmp_path / "cam0")
+    two = {"another row leads to the same file, by another name or size": 1}
+    for other in (rows[1], image_row(1, "a.jpg", height=99)):
+        own = [rows[0] if "path" in other else image_row(0, "a.jpg"), other]
+        write_json(path, own, anns)
+        manifest, by_name = prepare(tmp_path, *flags)
+        assert by_name["a.png"]["pixels"]["1"] == 16
+        assert reasons(manifest, "images") == two
 
 
 def test_sizes_and_ids_however_they_are_written(tmp_path):
@@ -411,7 +460,7 @@ RLE = {"size": [10, 12], "counts": [20, 10, 90]}
     ],
 )
 def test_segmentations_as_tools_write_them(segmentation, area):
-    encoded, lost = encode(segmentation, 10, 12)
+    encoded, lost, _ = encode(segmentation, 10, 12)
     assert coco.rle.area(encoded) == area
     assert len(lost) == (segmentation[-1] == [1, 1, 2, 2])
 
@@ -993,3 +1042,178 @@ def test_an_image_with_a_mask_in_two_splits_stays_in_the_first(tmp_path):
     assert sorted(rows) == ["train/a.png", "train/b.png", "val/c.png"]
     reasons = manifest["skipped"]["images"]
     assert reasons["image is in train too, and kept there"]["count"] == 1
+
+
+# --- what a second file, class or tool makes of the same pixels ----------------------------------
+
+TWO = [{"id": 1, "name": "person"}, {"id": 2, "name": "sky"}]
+
+
+def two_files(tmp_path, first, second, categories=TWO):
+    """Flags for two annotation files of the same picture."""
+    write_image(tmp_path / "images" / "a.jpg")
+    paths = [
+        write_json(tmp_path / f"{name}.json", [image_row(1, "a.jpg")], annotations, categories)
+        for name, annotations in (("things", first), ("stuff", second))
+    ]
+    return ("--annotations", *paths, "--images-dir", tmp_path / "images")
+
+
+def test_two_files_that_label_the_same_images_are_refused_if_a_class_would_be_lost(
+    tmp_path, refuse
+):
+    """COCO's instances and stuff; Kili's file per job; a file per class."""
+    sky = {**person(1, polygon(7, 2, 3, 4)), "category_id": 2}
+    flags = two_files(tmp_path, [person(1)], [sky])
+    error = refuse(*flags, "--classes", "person", "sky")
+    assert "label the same images, and only the second has sky: merge the files" in error
+    prepare(tmp_path, *flags, "--classes", "person")  # nothing of it is asked for
+    flags = two_files(tmp_path, [person(1), sky], [sky, person(1)])
+    manifest, _ = prepare(tmp_path, *flags, "--classes", "person", "sky")
+    assert reasons(manifest, "images") == {"image is in things too, and kept there": 1}
+
+
+def test_different_masks_of_the_same_image_are_refused(tmp_path, refuse):
+    write_image(tmp_path / "images" / "a.jpg")
+    for name, value in (("cat", 1), ("dog", 2)):
+        (tmp_path / name).mkdir()
+        Image.new("L", (12, 10), value).save(tmp_path / name / "a.png")
+    flags = ("--images-dir", tmp_path / "images", "--classes", "cat", "dog")
+    error = refuse("--masks", tmp_path / "cat", tmp_path / "dog", *flags)
+    assert "are different masks of the same image: merge them" in error
+    Image.new("L", (12, 10), 1).save(tmp_path / "dog" / "a.png")
+    manifest, _ = prepare(tmp_path, "--masks", tmp_path / "cat", tmp_path / "dog", *flags)
+    assert reasons(manifest, "images") == {"image is in cat too, and kept there": 1}
+
+
+def test_classes_that_others_cover_are_noted(tmp_path, capsys):
+    """CVAT, ISAT and LabelMe have the part drawn over the whole; COCO has no order."""
+    spot = {**person(1, polygon(3, 3, 2, 2)), "category_id": 2}
+    own = [{"id": 1, "name": "leaf"}, {"id": 2, "name": "spot"}]
+    flags = ("--classes", "all")
+    one_file(tmp_path, [image_row(1, "a.jpg")], [person(1), spot], *flags, categories=own)
+    note = "note: other classes cover spot (100%): name those in front in --priority"
+    assert note in capsys.readouterr().out
+    one_file(tmp_path, [image_row(1, "a.jpg")], [person(1), spot], *flags, "--priority", "spot",
+             categories=own)  # fmt: skip
+    assert mask_of(tmp_path, "a.png")[3, 3] == 2
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_names_that_differ_in_case_or_spaces_are_one_class(tmp_path, capsys):
+    """labelme2coco makes a category of each string that somebody typed."""
+    own = [{"id": n, "name": name} for n, name in enumerate(("car", "Car", " car "), start=1)]
+    anns = [{**person(1, polygon(4 * n, 0, 2, 2)), "category_id": n + 1} for n in range(3)]
+    rows = [image_row(1, "a.jpg")]
+    _, by_name = one_file(tmp_path, rows, anns, "--classes", "car", categories=own)
+    assert by_name["a.png"]["pixels"]["1"] == 12
+    assert "note: category 'Car' counts as 'car'" in capsys.readouterr().err
+    flags = ("--classes", "Car", "car")  # which are two, if both are asked for
+    _, by_name = one_file(tmp_path, rows, anns, *flags, categories=own)
+    assert by_name["a.png"]["pixels"] == {"0": 108, "1": 4, "2": 8}
+
+
+def test_categories_without_a_name_stay_apart(tmp_path):
+    """VIA writes an option's description, which starts empty."""
+    own = [{"id": 1, "name": ""}, {"id": 2, "name": " "}]
+    anns = [person(1), {**person(1, polygon(7, 2, 3, 4)), "category_id": 2}]
+    manifest, by_name = one_file(
+        tmp_path, [image_row(1, "a.jpg")], anns, "--classes", "all", categories=own
+    )
+    assert manifest["classes"] == ["background", "category 1", "category 2"]
+    assert by_name["a.png"]["pixels"] == {"0": 92, "1": 16, "2": 12}
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"segmentation": [], "bbox": [0, 0, 0, 0], "area": 0},  # coco-annotator, issue 109
+        {"segmentation": [[]], "bbox": []},  # VIA's points
+        {"segmentation": None, "area": 0.0, "keypoints": [3, 3, 2]},
+    ],
+)
+def test_an_annotation_of_nothing_costs_no_image(tmp_path, empty):
+    _, by_name = one_file(tmp_path, [image_row(1, "a.jpg")], [person(1), person(1, **empty)])
+    assert by_name["a.png"]["pixels"] == {"0": 104, "1": 16}
+    empty = {"segmentation": [], "area": 4}  # somewhere is something
+    _, by_name = one_file(
+        tmp_path,
+        [image_row(1, "a.jpg"), image_row(2, "b.jpg")],
+        [person(1), person(1, **empty), person(2)],
+    )
+    assert list(by_name) == ["b.png"]
+
+
+def test_a_damaged_ring_never_becomes_background(tmp_path):
+    rings = [*SQUARE, [7, 2, 9, 2, 9, 6, 7]]
+    rows, others = [image_row(1, "a.jpg"), image_row(2, "b.jpg")], [person(2)]
+    _, by_name = one_file(tmp_path, rows, [person(1, rings), *others])
+    assert list(by_name) == ["b.png"]
+    _, by_name = one_file(tmp_path, rows, [person(1, rings, bbox=[2, 2, 7, 4]), *others])
+    assert (by_name["a.png"]["pixels"]["1"], by_name["a.png"]["ignored"]) == (16, 12)
+
+
+def test_a_ring_in_a_ring_is_filled_and_noted(tmp_path, capsys):
+    """FiftyOne, SAHI and COCO Annotator write a hole as a ring."""
+    ring = polygon(1, 1, 8, 8) + polygon(3, 3, 4, 4)
+    _, by_name = one_file(tmp_path, [image_row(1, "a.jpg")], [person(1, ring)])
+    assert by_name["a.png"]["pixels"]["1"] == 64
+    assert "note: 1 annotations have a ring in a ring, which is filled" in capsys.readouterr().out
+
+
+def turned(path, orientation, seed=0):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write_image(path, seed=seed, exif=exif)
+
+
+def test_exif_of_a_split_that_shows_nothing_is_that_of_the_others(tmp_path, capsys):
+    """CVAT, issue 3120: an image that is upside down has the same sizes either way."""
+    turned(tmp_path / "train" / "a.jpg", 6)
+    turned(tmp_path / "val" / "b.jpg", 3, seed=1)
+    upright = image_row(1, "a.jpg", height=12, width=10)
+    paths = [
+        write_json(tmp_path / "train.json", [upright], [person(1)]),
+        write_json(tmp_path / "val.json", [image_row(1, "b.jpg")], [person(1)]),
+    ]
+    flags = ("--annotations", *paths, "--images-dir", tmp_path / "train", tmp_path / "val")
+    assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "upright"}
+    assert "note:" not in capsys.readouterr().out
+    flags = ("--annotations", paths[1], "--images-dir", tmp_path / "val")
+    assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "stored"}
+    assert "note: EXIF turns 1 images, and no stated size shows" in capsys.readouterr().out
+    prepare(tmp_path, *flags, "--exif", "stored")
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_exif_where_no_size_is_stated_is_noted(tmp_path, capsys):
+    turned(tmp_path / "images" / "a.jpg", 6)
+    path = write_json(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg"}], [person(1)])
+    flags = ("--annotations", path, "--images-dir", tmp_path / "images")
+    manifest, by_name = prepare(tmp_path, *flags)
+    assert (by_name["a.png"]["height"], manifest["exif"]) == (10, {"a": "stored"})
+    assert "note: EXIF turns 1 images" in capsys.readouterr().out
+    assert prepare(tmp_path, *flags, "--exif", "upright")[1]["a.png"]["height"] == 12
+
+
+def test_the_background_of_masks_may_have_any_value(tmp_path, refuse):
+    """Oxford-IIIT Pet: 1 pet, 2 background, 3 unclear. CVAT's labelmap: background:0,128,0."""
+    write_image(tmp_path / "images" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    trimap = np.full((10, 12), 2, dtype=np.uint8)
+    trimap[2:6, 2:6], trimap[0] = 1, 3
+    Image.fromarray(trimap).save(tmp_path / "masks" / "a.png")
+    flags = ("--masks", tmp_path / "masks", "--images-dir", tmp_path / "images", "--classes", "pet")
+    assert "name its class, or background, in --classes" in refuse(*flags, "--ignore", "3")
+    values = ("background", "--colors", "1", "2", "--ignore", "3")
+    manifest, by_name = prepare(tmp_path, *flags, *values)
+    assert manifest["classes"] == ["background", "pet"]
+    assert by_name["a.png"]["pixels"] == {"0": 92, "1": 16}
+    assert by_name["a.png"]["ignored"] == 12
+    trimap[9, 9] = 0  # is not background any more, where another value is
+    Image.fromarray(trimap).save(tmp_path / "masks" / "a.png")
+    assert "a.png holds 0, which is no class" in refuse(*flags, *values)
+    colors = np.array([(0, 0, 0), (255, 0, 0), (0, 128, 0)], dtype=np.uint8)
+    Image.fromarray(colors[np.minimum(trimap, 2)]).save(tmp_path / "masks" / "a.png")
+    values = ("background", "--colors", "red", "0,128,0", "--ignore", "black")
+    assert prepare(tmp_path, *flags, *values)[1]["a.png"]["ignored"] == 1
