@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as F
@@ -237,11 +236,6 @@ def evaluation_input(image: Tensor, size: int) -> Tensor:
     return F.pad(image, [0, 0, padded_w - w, padded_h - h], fill=FILL)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8 of an RGB picture."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def normalize(images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 -> float32 with ImageNet mean 0 and deviation 1, channels last.
 
@@ -258,7 +252,8 @@ def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
     """Image (3, H, W) uint8, as much smaller by `scale` as its decoder can make it. Raises
     UserError."""
     path, upright = manifest.root / manifest.files[index], bool(manifest.upright[index])
-    return to_tensor(read_image(path, tuple(manifest.sizes[index].tolist()), upright, scale))
+    image = read_image(path, tuple(manifest.sizes[index].tolist()), upright, scale)
+    return F.pil_to_tensor(image)
 
 
 def load_mask(manifest: Manifest, index: int) -> np.ndarray:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 import common
@@ -124,8 +125,7 @@ class Predictor(NamedTuple):
         for images, masks, indices in loader:
             masks = masks.to(self.device, non_blocking=True)
             if self.tiling:
-                picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
-                yield indices[0], self.tiled(picture)[0], masks[0], None
+                yield indices[0], self.tiled(to_pil_image(images[0]))[0], masks[0], None
                 continue
             sizes = loader.dataset.manifest.sizes[indices].tolist()
             logits = self.logits(images, starmap(self.width, sizes))
@@ -171,7 +171,7 @@ def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[
         iou = map(plain, scores(counts, held=counts[1:].any(axis=0))["iou"])
         named = [f"{n} {percent(v)}" for n, v in zip(manifest.classes, iou) if v is not None]
         caption = f"{manifest.files[index]}, IoU in %: {', '.join(named) or 'no pixel counts'}"
-        image = Image.fromarray(load_image(manifest, index).permute(1, 2, 0).numpy())
+        image = to_pil_image(load_image(manifest, index))
         examples[index] = Example(image, labels.cpu().numpy(), mask.cpu().numpy(), caption)
     return [examples[index] for index in indices]
 

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 import common
 from common import UserError
-from dataset import evaluation_input, padded_size, to_tensor
+from dataset import evaluation_input, padded_size
 from evaluate import Predictor, add_running, check_running, load_predictor
 from images import read_image
 from models import load_checkpoint, pick_device
@@ -101,7 +102,7 @@ def predict_labels(
     if predictor.tiling:
         found = (predictor.tiled(image, probabilities) for image in images)
     else:
-        inputs = [evaluation_input(to_tensor(image), predictor.size) for image in images]
+        inputs = [evaluation_input(pil_to_tensor(image), predictor.size) for image in images]
         sizes = [(image.height, image.width) for image in images]
         logits = predictor.logits(torch.stack(inputs), starmap(predictor.width, sizes))
         labels = predictor.labels_and_probability

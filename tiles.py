@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from dataset import FILL, to_tensor
+from dataset import FILL
 
 SUMS = 2**24  # logits that are held at once, as float32: 64 MB
 PIXELS = 2**20  # of the picture, that become labels at once
@@ -85,7 +85,7 @@ def scaled_rows(picture: Image.Image, size: tuple[int, int], top: int, side: int
     height, width = min(side, size[0] - top), size[1]
     step = picture.height / size[0]
     box = (0, top * step, picture.width, min((top + height) * step, picture.height))
-    rows = to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    rows = F.pil_to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
     return F.pad(rows, [0, 0, max(0, side - width), side - height], fill=FILL)
 
 
