@@ -144,33 +144,8 @@ class DeepLab(nn.Module):
         logits = F.interpolate(logits, scale_factor=self.STRIDE, mode="bilinear")
         return {"out": logits[..., :height, :width]}
 
-    def warm_start(self, classes: list[str], weights: str) -> None:
-        """Load torchvision's weights: "coco" for the whole network, "imagenet" for the backbone.
-
-        With "coco" the rows of the final convolutions are those of the donor's classes of the same
-        name, so the network segments them before its first step; a class that the donor doesn't
-        know keeps its fresh row. Raises UserError if the weights cannot be loaded or downloaded.
-        """
-        if weights == "imagenet":
-            state = pretrained_state(ResNet50_Weights.IMAGENET1K_V2)
-            state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-            self.backbone.load_state_dict(state)
-            return
-        load_known(self, pretrained_state(DONOR), donor_rows(classes, weights))
-
 
 MODELS = {"unet": UNet, "deeplab": DeepLab}
-
-
-def load_known(model: nn.Module, state: dict[str, Tensor], rows: dict[int, int]) -> None:
-    """Load a state dict, of the final convolutions only the `rows`: our label of each, and its."""
-    state, ours, theirs = dict(state), list(rows), list(rows.values())
-    for head in model.HEADS:
-        for name in (f"{head}.weight", f"{head}.bias"):
-            values = model.get_parameter(name).detach().clone()
-            values[ours] = state[name][theirs]
-            state[name] = values
-    model.load_state_dict(state)
 
 
 def donor_rows(classes: list[str], weights: str) -> dict[int, int]:
@@ -215,13 +190,26 @@ def pretrained_state(weights) -> dict[str, Tensor]:
 
 def build_model(name: str, classes: list[str], width: int = 64, weights: str = "none") -> nn.Module:
     """The network of that name in `MODELS`. classes: names, the background first. weights: one of
-    its `STARTS`, or the path of a checkpoint of such a network."""
+    its `STARTS`, or the path of a checkpoint of such a network.
+
+    "imagenet" is for the backbone alone. Of all others the rows of the final convolutions are those
+    of the donor's classes of the same name, so the network segments them before its first step; a
+    class that the donor doesn't know keeps its fresh row. Raises UserError if it cannot be loaded.
+    """
     model = MODELS[name](len(classes), width)
-    if weights in model.STARTS:
-        if weights != "none":
-            model.warm_start(classes, weights)
-    else:
-        load_known(model, load_checkpoint(weights)["model"], donor_rows(classes, weights))
+    if weights == "imagenet":
+        state = pretrained_state(ResNet50_Weights.IMAGENET1K_V2)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        model.backbone.load_state_dict(state)
+    elif weights != "none":
+        state = pretrained_state(DONOR) if weights == "coco" else load_checkpoint(weights)["model"]
+        rows = donor_rows(classes, weights)
+        for head in model.HEADS:
+            for name in (f"{head}.weight", f"{head}.bias"):
+                values = model.get_parameter(name).detach().clone()
+                values[list(rows)] = state[name][list(rows.values())]
+                state[name] = values
+        model.load_state_dict(state)
     return model.to(memory_format=torch.channels_last)
 
 
