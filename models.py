@@ -150,13 +150,11 @@ MODELS = {"unet": UNet, "deeplab": DeepLab}
 
 def donor_rows(classes: list[str], weights: str) -> dict[int, int]:
     """The label of each class that "coco" or a checkpoint knows, and theirs for it."""
-    names = dict(enumerate(classes))
     if weights == "coco":
-        known = DONOR.meta["categories"]
-        names = {label: VOC_NAMES.get(name, name) for label, name in names.items()}
+        known, classes = DONOR.meta["categories"], [VOC_NAMES.get(name, name) for name in classes]
     else:
         known = load_checkpoint(weights, mmap=True)["classes"]
-    return {label: known.index(name) for label, name in names.items() if name in known}
+    return {label: known.index(name) for label, name in enumerate(classes) if name in known}
 
 
 def fresh_classes(classes: list[str], weights: str) -> list[str]:
@@ -179,9 +177,7 @@ def pretrained_state(weights) -> dict[str, Tensor]:
     """State dict of torchvision weights, from the hub's cache or downloaded into it."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        return weights.get_state_dict(
-            progress=True, check_hash=True, map_location="cpu", weights_only=True
-        )
+        return weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no space, or a damaged pickle: that raises anything
         reason = f"cannot load {weights.url} ({error or type(error).__name__})"
         remedy = f"put the file at {path} (delete a damaged one), or take --weights none"
@@ -316,18 +312,17 @@ def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None
     remedy = "give best.pt or last.pt of a run of train.py"
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load looks at no checksum
-        state = (
-            None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        )
+            if damaged := archive.testzip():  # torch.load looks at no checksum
+                raise ValueError(damaged)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: {remedy}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: {remedy}") from None
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise anything
-        damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if damaged:
-        raise UserError(f"cannot read the checkpoint {path} (damaged: {damaged}): {remedy}")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        damaged = f"cannot read the checkpoint {path} (damaged: {reason})"
+        raise UserError(f"{damaged}: {remedy}") from None
     if not isinstance(state, dict) or "version" not in state or "model" not in state:
         raise UserError(f"{path} is not a checkpoint: {remedy}")
     if not isinstance(state["version"], int) or state["version"] != CHECKPOINT_VERSION:
