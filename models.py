@@ -342,35 +342,26 @@ def check_state(state: dict) -> None:
     any size is built, and before a tensor of any kind is used."""
     arguments, classes, _ = state["args"], state["classes"], state["fingerprint"]
     kind, size = MODELS[arguments["model"]], arguments["size"]
-    if type(size) is not int or not 32 <= size <= LARGEST_SIZE:
-        raise ValueError("size")
-    if arguments["width"] not in kind.WIDTHS:
-        raise ValueError("width")
-    if not 2 <= len(classes) <= 255 or not all(isinstance(name, str) for name in classes):
-        raise ValueError("classes")
+    _require("size", type(size) is int and 32 <= size <= LARGEST_SIZE)
+    _require("width", arguments["width"] in kind.WIDTHS)
+    _require("classes", 2 <= len(classes) <= 255 and all(isinstance(c, str) for c in classes))
     channels = [value for color in state["colors"] for value in color]
-    if len(channels) != 3 * len(classes) or not set(channels) <= set(range(256)):
-        raise ValueError("colors")
+    _require("colors", len(channels) == 3 * len(classes) and set(channels) <= set(range(256)))
     parts = [part for key in state["val_ids"] for part in key]
-    if {*map(len, state["val_ids"])} - {2, 3} or not all(isinstance(p, str | int) for p in parts):
-        raise ValueError("val_ids")
+    _require("val_ids", {*map(len, state["val_ids"])} <= {2, 3})
+    _require("val_ids", all(isinstance(part, str | int) for part in parts))
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
-        if not isinstance(arguments.get(name), type_):
-            raise ValueError(name)
-    if not 0 < state.get("scale", 1) <= LARGEST_SIZE:
-        raise ValueError("scale")
+        _require(name, isinstance(arguments.get(name), type_))
+    _require("scale", 0 < state.get("scale", 1) <= LARGEST_SIZE)
     for line in state.get("progress", {}).get("history", []):
         numbers = [*map(line["val_iou"].get, classes), line["val_foreground_miou"]]
         numbers += [line["train_loss"], line.get("val_loss"), line["lr"] + 0, line["epoch"] + 0]
-        if not all(0 <= (number or 0) < math.inf for number in numbers):
-            raise ValueError("history")
-    if not all(isinstance(words, str) for words in state.get("origin", {}).values()):
-        raise ValueError("origin")
+        _require("history", all(0 <= (number or 0) < math.inf for number in numbers))
+    _require("origin", all(isinstance(words, str) for words in state.get("origin", {}).values()))
     with torch.device("meta"):
         network = kind(len(classes), arguments["width"])
     expected = network.state_dict()
-    if expected.keys() != state["model"].keys():
-        raise ValueError("names of weights")
+    _require("names of weights", expected.keys() == state["model"].keys())
     for name, like in expected.items():
         _require_alike(name, state["model"][name], like)
     if "optimizer" in state:  # AdamW's fused step writes to wherever the tensors would end
@@ -384,12 +375,16 @@ def check_state(state: dict) -> None:
             _require_alike("step", moments["step"], torch.zeros(()))
 
 
-def _require_alike(name: str, tensor: Tensor, like: Tensor) -> None:
-    plain = tensor.layout == torch.strided and not tensor.is_quantized
-    # An expanded tensor would be of any size in a small file.
-    plain = plain and tensor.untyped_storage().nbytes() >= tensor.nbytes
-    if not plain or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+def _require(name: str, sound: bool) -> None:
+    if not sound:
         raise ValueError(name)
+
+
+def _require_alike(name: str, tensor: Tensor, like: Tensor) -> None:
+    _require(name, (tensor.shape, tensor.dtype) == (like.shape, like.dtype))
+    _require(name, tensor.layout == torch.strided and not tensor.is_quantized)
+    # An expanded tensor would be of any size in a small file.
+    _require(name, tensor.untyped_storage().nbytes() >= tensor.nbytes)
 
 
 def model_from_checkpoint(state: dict, device: torch.device) -> nn.Module:
