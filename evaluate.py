@@ -224,21 +224,25 @@ def check_running(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 class Subject(NamedTuple):
-    """A checkpoint's path, its data, the ascending indices of the images to evaluate it on, which
-    those are (validation, training or all), how it came about (`models.origin`), and a setting,
-    equal where runs differ in the seed only."""
+    """A checkpoint's path and content, its data, the ascending indices of the images to evaluate it
+    on, and which those are: validation, training or all."""
 
     path: str
+    state: dict
     manifest: Manifest
     indices: np.ndarray
     images: str
-    origin: dict
-    setting: str
 
     def compared(self) -> tuple[list, ...]:
         """What must be equal for two checkpoints to be compared: classes, images and masks."""
         manifest, masks = self.manifest, self.manifest.checksums[self.indices].tolist()
         return manifest.classes, manifest.keys(self.indices), masks
+
+    def setting(self) -> str:
+        """Equal where runs differ in the seed only."""
+        chosen = {k: v for k, v in self.state["args"].items() if k not in ANY}
+        chosen["data"] = self.state["fingerprint"]
+        return json.dumps(chosen, sort_keys=True, default=str)
 
 
 def find_subject(path: str, args: argparse.Namespace) -> Subject:
@@ -267,10 +271,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds no {images} images")
     if not manifest.pixels[held, 1:].any():
         print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
-    setting = {k: v for k, v in state["args"].items() if k not in ANY}
-    setting["data"] = state["fingerprint"]
-    origin, setting = state.get("origin", {}), json.dumps(setting, sort_keys=True, default=str)
-    return Subject(path, manifest, np.flatnonzero(held), images, origin, setting)
+    return Subject(path, state, manifest, np.flatnonzero(held), images)
 
 
 def validated(state: dict, manifest: Manifest) -> np.ndarray:
@@ -295,12 +296,16 @@ def load_predictor(
     return Predictor(model, size, device, dtype, args.flip, tiling)
 
 
-def evaluate_subject(subject: Subject, args, device: torch.device) -> ConfusionMatrix:
-    """The pixel counts of a checkpoint."""
-    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
-    loading = (None if args.tile else predictor.size, args.batch_size, args.workers)
-    loader = evaluation_loader(subject.manifest, subject.indices, *loading)
-    return evaluate(predictor, loader, subject.path)
+def evaluate_subject(subject: Subject, args, device: torch.device) -> tuple[dict, np.ndarray]:
+    """The JSON entry of a checkpoint, and the (N, 3, C) counts of its images."""
+    path, state, manifest, indices, images = subject
+    predictor = load_predictor(state, device, args, args.size)
+    size = None if args.tile else predictor.size
+    loader = evaluation_loader(manifest, indices, size, args.batch_size, args.workers)
+    confusion = evaluate(predictor, loader, path)
+    entry = metrics.report(path, manifest.classes, confusion, not args.no_intervals, images)
+    how = {"origin": state.get("origin", {}), "flip": args.flip, "tile": args.tile}
+    return entry | how, confusion.counts.cpu().numpy()
 
 
 def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.device) -> None:
@@ -310,7 +315,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
+    predictor = load_predictor(subject.state, device, args, args.size)
     examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
@@ -321,22 +326,21 @@ def show_subject(
     number: int, subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
 ) -> Shown:
     """A checkpoint's part of the page, of which it is the `number`."""
-    state, manifest = load_checkpoint(subject.path, mmap=True), subject.manifest
-    predictor = load_predictor(state, device, args, args.size)
+    manifest, predictor = subject.manifest, load_predictor(subject.state, device, args, args.size)
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
     figures = []
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
         (example,) = predict_examples(predictor, manifest, subject.indices[[image]])
         example = example._replace(caption=f"{why}: {example.caption}")
         figures.append(figure(example, manifest.classes, manifest.colors, f"{number}-{image}"))
-    history = state.get("progress", {}).get("history", [])
-    tables = [origin_table(subject, state, history), images_table(subject, state)]
+    history = subject.state.get("progress", {}).get("history", [])
+    tables = [origin_table(subject.state, history), images_table(subject)]
     return Shown(entry, history, manifest.colors, tables, figures)
 
 
-def origin_table(subject: Subject, state: dict, history: list[dict]) -> metrics.Table:
+def origin_table(state: dict, history: list[dict]) -> metrics.Table:
     """How a checkpoint came about."""
-    rows = [["", ""], *map(list, subject.origin.items())]
+    rows = [["", ""], *map(list, state.get("origin", {}).items())]
     if history:
         seconds = sum(line.get("seconds", 0) for line in history)
         rows.append(["trained", f"{history[-1]['epoch']} epochs, {seconds:,.0f} s"])
@@ -345,9 +349,9 @@ def origin_table(subject: Subject, state: dict, history: list[dict]) -> metrics.
     return "How it was trained", rows
 
 
-def images_table(subject: Subject, state: dict) -> metrics.Table:
+def images_table(subject: Subject) -> metrics.Table:
     """Images and pixels of each class, of those that trained and those that were evaluated."""
-    manifest = subject.manifest
+    state, manifest = subject.state, subject.manifest
     training = ~validated(state, manifest)
     training &= state["fingerprint"] == manifest.fingerprint
     sides = [manifest.pixels[training], manifest.pixels[subject.indices]]
@@ -369,8 +373,13 @@ def panels_path(path: str) -> Path:
     return Path(path).with_name(Path(path).stem + "_panels.png")
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse, before the evaluation, what could not be written after it."""
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse, before the evaluation, what cannot work, and what could not be written after it."""
+    if min(args.panels, args.workers) < 0 or args.batch_size < 1 or args.workers > MOST_WORKERS:
+        parser.error(f"--panels and --workers (to {MOST_WORKERS}) start at 0, --batch-size at 1")
+    if args.size is not None and not 32 <= args.size <= LARGEST_SIZE:
+        parser.error(f"--size {args.size}: give 32 to {LARGEST_SIZE}")
+    check_running(parser, args)
     pictures = [panels_path(path) for path in args.ckpt] if args.panels else []
     for file in [*filter(None, (args.json, args.html, args.markdown)), *pictures]:
         if not file.parent.is_dir():
@@ -385,12 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate each checkpoint, print the table, write the report and the pictures."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if min(args.panels, args.workers) < 0 or args.batch_size < 1 or args.workers > MOST_WORKERS:
-        parser.error(f"--panels and --workers (to {MOST_WORKERS}) start at 0, --batch-size at 1")
-    if args.size is not None and not 32 <= args.size <= LARGEST_SIZE:
-        parser.error(f"--size {args.size}: give 32 to {LARGEST_SIZE}")
-    check_running(parser, args)
-    check_outputs(args)
+    check_args(parser, args)
     device = pick_device(args.device)
     subjects = [find_subject(path, args) for path in args.ckpt]
     compared = [subject.compared() for subject in subjects]
@@ -401,22 +405,16 @@ def main(argv: list[str] | None = None) -> None:
     picks = ["worst", "best", "random", *subjects[0].manifest.classes[1:]]
     if args.pick not in picks:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")
-    entries, all_counts, intervals = [], [], not args.no_intervals
-    for subject in subjects:
-        confusion = evaluate_subject(subject, args, device)
-        classes = subject.manifest.classes
-        entries.append(metrics.report(subject.path, classes, confusion, intervals, subject.images))
-        entries[-1] |= {"origin": subject.origin, "flip": args.flip, "tile": args.tile}
-        all_counts.append(confusion.counts.cpu().numpy())
+    found = (evaluate_subject(subject, args, device) for subject in subjects)
+    entries, all_counts = map(list, zip(*found))
+    intervals, merged = not args.no_intervals, []
     if intervals:
         metrics.add_differences(entries, all_counts)
-    tables = metrics.tables(entries)
-    # Of several checkpoints the terminal gets the comparison; --markdown has the details.
-    merged = []
     if args.merge_seeds:
-        settings = [subject.setting for subject in subjects]
+        settings = [subject.setting() for subject in subjects]
         merged.append(metrics.seeds_table(entries, all_counts, settings))
-    tables = merged + tables
+    tables = merged + metrics.tables(entries)
+    # Of several checkpoints the terminal gets the comparison; --markdown has the details.
     shown = tables if len(entries) == 1 else tables[: 1 + intervals + len(merged)]
     print("\n\n".join(map(metrics.as_text, shown)))
     if args.markdown:
