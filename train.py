@@ -154,10 +154,8 @@ class Run:
             best = Path(args.resume).with_name("best.pt")
             if best.exists():
                 shutil.copyfile(best, self.out / "best.pt")
-        write_text(
-            self.out / "args.json",
-            json.dumps(vars(args) | {"origin": self.origin}, indent=1) + "\n",
-        )
+        told = json.dumps(vars(args) | {"origin": self.origin}, indent=1)
+        write_text(self.out / "args.json", told + "\n")
         disabled = args.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled"
         if args.wandb != "disabled" and not disabled:
             computed = {"rare_classes": self.rare, "class_weights": self.named_weights}
@@ -319,11 +317,6 @@ class Run:
         if self.wandb:
             self.try_wandb(self.wandb.log, {"train/epoch_loss": loss}, step=self.step)
 
-    def check_signal(self) -> None:
-        """Save and exit if a signal asked for it."""
-        if self.signal:
-            self.stop()
-
     def validate(self, trained: dict[str, float]) -> None:
         """Evaluate, save, log, end the epoch that was `trained`, if there was one: best.pt if it is
         the best, last.pt in any case."""
@@ -460,8 +453,10 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN if rank() else note)
 
-    def stop(self) -> None:
-        """Save after a signal and exit as the shell expects, naming the command that goes on."""
+    def check_signal(self) -> None:
+        """After a signal save, name the command that goes on, and exit as the shell expects."""
+        if not self.signal:
+            return
         self.save("last.pt")
         dataset.end_workers()
         command = f"python train.py --resume {shlex.quote(str(self.out / 'last.pt'))}"
@@ -655,10 +650,7 @@ def check_run(state: dict) -> None:
     `Run` writes."""
     if "optimizer" not in state:
         return  # which gets a sentence of its own
-    (
-        itemgetter("scaler", "wandb_id", "fingerprint")(state),
-        itemgetter("lr", "epochs")(state["args"]),
-    )
+    itemgetter("scaler", "wandb_id")(state), itemgetter("lr", "epochs")(state["args"])
     expected = vars(build_parser().parse_args([]))
     for name, value in state["args"].items():
         kind = type(expected[name])
@@ -684,13 +676,11 @@ def refuse_taken(last: Path) -> None:
 
 def default_out(args: argparse.Namespace) -> str:
     """runs/<model, loss, and what else makes a run another one>."""
-    parts = [str(args.model)] + [
-        name for name in ("weighted", "focal", "dice") if getattr(args, name)
-    ]
-    parts += [f"oversample{args.oversample}"] if args.oversample > 1 else []
-    for name in ("balance", "size", "width", "lr", "seed"):
-        value = getattr(args, name)
-        parts += [f"{name}{value}"] if value != build_parser().get_default(name) else []
+    values, defaults = vars(args), vars(build_parser().parse_args([]))
+    parts = [str(args.model), *(n for n in ("weighted", "focal", "dice") if values[n])]
+    for name in ("oversample", "balance", "size", "width", "lr", "seed"):
+        if values[name] != defaults[name]:
+            parts.append(f"{name}{values[name]}")
     return str(Path("runs", "-".join(parts)))
 
 
