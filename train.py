@@ -531,8 +531,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="data", help="what prepare_masks.py wrote")
-    add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
+    add("--data", type=os.path.abspath, default="data", help="what prepare_masks.py wrote")
+    moved = "where the images are now, if they were moved"
+    add("--coco-root", type=os.path.abspath, metavar="ROOT", help=moved)
     add("--val-split", metavar="NAME", help="split that validates, not a fifth of all images")
     add("--group", metavar="REGEX", help="keep together what it matches alike in the file name")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
@@ -576,28 +577,41 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """Arguments, complete and checked, and the checkpoint to resume from, which gives the defaults:
-    what decides a run's results cannot change, but for --lr and --epochs."""
-    parser = build_parser()
+    """Arguments, complete and checked, and the checkpoint to resume from, if there is one."""
+    parser, state = build_parser(), None
     args = parser.parse_args(argv)
-    if args.resume is None and is_path(args.weights):
-        args = complete_from(args.weights, parser, argv)
+    if args.resume is None and is_path(args.weights):  # that decides which network it is
+        own = models.load_checkpoint(args.weights, mmap=True)["args"]
+        parser.set_defaults(model=own["model"], width=own["width"])
+        args = parser.parse_args(argv)
+        for name in ("model", "width"):
+            if getattr(args, name) != own[name]:
+                parser.error(f"--{name} {getattr(args, name)}: {args.weights} has {own[name]}")
     last = Path(args.out or default_out(args), "last.pt")
     started = distributed.launch()
     again = started is not None and last.exists()
     if distributed.agreed(again and models.load_checkpoint(last).get("launch") == started):
         args.resume = ""  # a rank had died, and torchrun repeats the command
-    if args.resume is None:
-        if args.model is None:
-            parser.error(f"--model: choose {' or '.join(models.MODELS)}")
+    if args.resume is not None:
+        args, state = resumed(parser, args, last, argv)
+    elif args.model is None:
+        parser.error(f"--model: choose {' or '.join(models.MODELS)}")
+    else:
         args.out = str(last.parent)
-        args.weights = args.weights or models.MODELS[args.model].STARTS[0]
+        args.weights = absolute(args.weights or models.MODELS[args.model].STARTS[0])
         if args.lr is None:
             args.lr = 1e-3 if args.weights == "none" else 1e-4
-        make_absolute(args)
-        check_args(parser, args)
-        refuse_taken(last)
-        return args, None
+    check_args(parser, args)
+    if not state or Path(args.out).resolve() != Path(args.resume).parent.resolve():
+        refuse_taken(Path(args.out, "last.pt"))
+    return args, state
+
+
+def resumed(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, last: Path, argv: list[str] | None
+) -> tuple[argparse.Namespace, dict]:
+    """The arguments with those of a run as defaults, and its checkpoint, `last` unless --resume
+    names one. What decides a run's results cannot change, but for --lr and --epochs."""
     if not (args.resume or args.out or args.model):
         parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
     path = Path(args.resume or last)
@@ -607,15 +621,11 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         raise UserError(f"{path} holds no optimizer: resume from the last.pt of its run")
     parser.set_defaults(**{**state["args"], "out": str(path.parent)})
     args = parser.parse_args(argv)
-    args.resume = str(path)
-    make_absolute(args)
+    args.resume, args.weights = str(path), absolute(args.weights)
     for name, value in state["args"].items():
         if name not in FREE_ARGUMENTS and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag}: the run in {path} has {value}; --resume cannot change it")
-    check_args(parser, args)
-    if Path(args.out).resolve() != path.parent.resolve():
-        refuse_taken(Path(args.out, "last.pt"))
     return args, state
 
 
@@ -624,25 +634,9 @@ def is_path(weights: str | None) -> bool:
     return weights not in (None, "coco", "imagenet", "none")
 
 
-def make_absolute(args: argparse.Namespace) -> None:
-    """Let paths in a checkpoint hold wherever it is read."""
-    for name in ("data", "coco_root", *["weights"] * is_path(args.weights)):
-        if getattr(args, name):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
-
-
-def complete_from(
-    path: str, parser: argparse.ArgumentParser, argv: list[str] | None
-) -> argparse.Namespace:
-    """The arguments, with network and width of the checkpoint to start from. Raises UserError if
-    others are given, or if it cannot be read."""
-    own = models.load_checkpoint(path, mmap=True)["args"]
-    parser.set_defaults(model=own["model"], width=own["width"])
-    args = parser.parse_args(argv)
-    for name in ("model", "width"):
-        if getattr(args, name) != own[name]:
-            parser.error(f"--{name} {getattr(args, name)}: {path} has {own[name]}")
-    return args
+def absolute(weights: str) -> str:
+    """What holds wherever a checkpoint is read that says so."""
+    return os.path.abspath(weights) if is_path(weights) else weights
 
 
 def check_run(state: dict) -> None:
@@ -708,7 +702,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--batch-size: {args.model} needs {model.SMALLEST_BATCH} or more images")
     if args.width not in model.WIDTHS:
         parser.error(f"--width: {args.model} takes {model.WIDTHS[0]} to {model.WIDTHS[-1]}")
-    if args.weights not in model.STARTS and not os.path.isabs(args.weights):
+    if args.weights not in model.STARTS and not is_path(args.weights):
         parser.error(f"--weights {args.weights}: {args.model} takes {' or '.join(model.STARTS)}")
     if args.gamma != 2.0 and not args.focal:
         parser.error("--gamma: only with --focal")
