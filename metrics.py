@@ -72,8 +72,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    present = ~np.isnan(values)
-    return _divide(np.where(present, values, 0).sum(axis=-1), present.sum(axis=-1))
+    return _divide(np.nansum(values, axis=-1), (~np.isnan(values)).sum(axis=-1))
 
 
 def leave_one_out(counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -161,9 +160,7 @@ def report(
     entry["false_positives"] = {name: pixels for name, pixels in zip(classes, only) if pixels}
     if intervals:
         others = leave_one_out(counts)
-        by_class = (
-            class_interval(counts[..., c], others["iou"][:, c]) for c in range(len(classes))
-        )
+        by_class = map(class_interval, np.moveaxis(counts, -1, 0), others["iou"].T)
         entry["interval"] = {"iou": dict(zip(classes, by_class))}
         for key in MEANS:
             entry["interval"][key] = mean_interval(entry[key], others[key])
@@ -217,8 +214,7 @@ def gallery(number: int, counts: np.ndarray, classes: list[str]) -> dict[int, st
     chosen = dict.fromkeys(drawn, "random")
     while len(chosen) < number and any(queues.values()):
         for title, queue in queues.items():
-            while queue and queue[0] in chosen:
-                queue.pop(0)
+            queue[:] = [image for image in queue if image not in chosen]
             if queue and len(chosen) < number:
                 chosen[queue[0]] = title
     return chosen
