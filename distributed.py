@@ -35,12 +35,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_device(name: str) -> str:
-    """This process's device: of "auto" and "cuda" the GPU with its number on this machine."""
-    mine = "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available()
-    return f"cuda:{os.environ['LOCAL_RANK']}" if mine else name
-
-
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the process group for the time of the context, in which only rank 0 prints. Of ranks

@@ -250,11 +250,12 @@ def freeze_norm(model: nn.Module, weights: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; "auto" is CUDA where there is one, else the CPU. Raises UserError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The named device; "auto" is CUDA where there is one, else the CPU. Of several processes of
+    torchrun each has a GPU of its own. Raises UserError."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(1, device=name).device  # "cuda" becomes one with a number
+        return torch.empty(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}): try --device cpu") from None

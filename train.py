@@ -714,7 +714,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, validating after each epoch; under torchrun as one of its processes."""
     with distributed.process_group():
         args, state = parse_args(argv)
-        device = models.pick_device(distributed.local_device(args.device))
+        device = models.pick_device(args.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             if args.compile and distributed.world() > 1:
