@@ -431,7 +431,6 @@ def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader
 def _start_worker(_: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def end_workers() -> None:

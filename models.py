@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.compiler import is_exporting
 from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
+from torchvision.models.segmentation.deeplabv3 import DeepLabV3
 
 from common import UserError, atomic_write
 
@@ -106,7 +107,7 @@ class ImagePooling(nn.Sequential):
         return pooled.contiguous(memory_format=torch.channels_last)
 
 
-class DeepLab(nn.Module):
+class DeepLab(DeepLabV3):
     """torchvision's DeepLabV3-ResNet50 (Chen et al. 2017), output stride 8, with auxiliary head.
 
     The parameters have torchvision's names. Unlike there, the auxiliary head runs in training only,
@@ -121,13 +122,8 @@ class DeepLab(nn.Module):
     SMALLEST_BATCH = 2  # batch norm after the global pooling has one value per channel and image
 
     def __init__(self, classes: int, width: int = 64):
-        super().__init__()
-        network = deeplabv3_resnet50(
-            weights=None, weights_backbone=None, num_classes=classes, aux_loss=True
-        )
-        self.backbone = network.backbone
-        self.classifier = network.classifier
-        self.aux_classifier = network.aux_classifier
+        network = deeplabv3_resnet50(num_classes=classes, aux_loss=True, weights_backbone=None)
+        super().__init__(network.backbone, network.classifier, network.aux_classifier)
         branches = self.classifier[0].convs
         branches[-1] = ImagePooling(*branches[-1])
 
