@@ -1,11 +1,8 @@
 """Confusion matrix, scores with jackknife intervals, and tables of them.
 
-    confusion = ConfusionMatrix(images=100, classes=5, device=device)
-    confusion.update(0, prediction, mask)
-    values = scores(confusion.counts.cpu().numpy().sum(axis=0))
-
-Scores need of each image only its counts, (3, C): hits, pixels of truth, pixels of prediction, each
-by class. The (C, C) matrix of all images together has truth in rows, prediction in columns.
+confusion = ConfusionMatrix(images=100, classes=5, device=device)
+confusion.update(0, prediction, mask)
+values = scores(confusion.counts.cpu().numpy().sum(axis=0))
 """
 
 import numpy as np
@@ -23,9 +20,9 @@ Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the f
 
 
 class ConfusionMatrix:
-    """Pixel counts by (truth, prediction), int64, on the device: one matrix of all images, `total`
-    (C, C), and `counts` (images, 3, C) of each: hits, truth and prediction by class. `loss` is for
-    whoever sums one up, with the number of its pixels.
+    """Pixel counts, int64, on the device: of all images a matrix `total` (C, C), truth in rows and
+    prediction in columns; of each image what its scores need, `counts` (images, 3, C): hits, truth
+    and prediction by class. `loss` is for whoever sums one up, with the number of its pixels.
 
     `update` reads nothing back: ignored pixels go to a bin of their own instead of being selected
     away, and scatter_add_, unlike bincount, need not know the largest index.
@@ -36,14 +33,13 @@ class ConfusionMatrix:
         self.total = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         self.counts = torch.zeros(images, 3, classes, dtype=torch.int64, device=device)
         self.loss = torch.zeros(2, device=device)
-        self.one = torch.ones(1, dtype=torch.int64, device=device)
 
     def update(self, image: int, prediction: Tensor, mask: Tensor) -> None:
         """Count the pixels of one image. Both are (H, W) integer; the mask may hold 255."""
         bins = mask.int() * self.classes + prediction  # int64 would take five times as long
         bins = torch.where(mask == IGNORE_INDEX, self.classes**2, bins).flatten().long()
-        matrix = self.one.new_zeros(self.classes**2 + 1)
-        matrix.scatter_add_(0, bins, self.one.expand(len(bins)))
+        matrix = bins.new_zeros(self.classes**2 + 1)
+        matrix.scatter_add_(0, bins, bins.new_ones(1).expand(len(bins)))
         matrix = matrix[:-1].view(self.classes, self.classes)
         self.total += matrix
         self.counts[image] = torch.stack([matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)])
