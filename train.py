@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -156,10 +155,10 @@ class Run:
                 shutil.copyfile(best, self.out / "best.pt")
         told = json.dumps(vars(args) | {"origin": self.origin}, indent=1)
         write_text(self.out / "args.json", told + "\n")
-        disabled = args.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled"
-        if args.wandb != "disabled" and not disabled:
+        mode = (os.environ.get("WANDB_MODE") or "auto") if args.wandb == "auto" else args.wandb
+        if mode != "disabled":
             computed = {"rare_classes": self.rare, "class_weights": self.named_weights}
-            self.wandb = self.try_wandb(start_wandb, args, self.wandb_id, computed)
+            self.wandb = self.try_wandb(start_wandb, args, mode, self.wandb_id, computed)
             self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
 
     def fit(self) -> None:
@@ -399,7 +398,6 @@ class Run:
             "fingerprint": self.manifest.fingerprint,
             "images_per_step": self.batches.images_per_step,
             "class_weights": self.named_weights,
-            "rare": self.rare,
             "wandb_id": self.wandb_id,
             "launch": distributed.launch(),
             "origin": self.origin,
@@ -486,12 +484,12 @@ def summary(line: dict, epochs: int, better: bool) -> str:
     )
 
 
-def start_wandb(args: argparse.Namespace, run_id: str | None, computed: dict) -> object:
+def start_wandb(args: argparse.Namespace, mode: str, run_id: str | None, computed: dict) -> object:
     """A run of Weights & Biases, with time limits; `run_id` continues one."""
     import wandb  # here, so that --wandb disabled does not need it
 
-    mode = os.environ.get("WANDB_MODE") if args.wandb == "auto" else args.wandb
-    mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "coco-segmentation"),
         name=os.environ.get("WANDB_NAME", Path(args.out).name),
@@ -548,8 +546,7 @@ def build_parser() -> argparse.ArgumentParser:
     start = "coco, imagenet, none, or a checkpoint's path (default: coco where a network has it)"
     add("--weights", metavar="START", help=start)
     add("--freeze-norm", action="store_true", help="keep the batch norm statistics of the weights")
-    frozen = "train the heads alone, on few images"
-    add("--freeze-backbone", action="store_true", help=frozen)
+    add("--freeze-backbone", action="store_true", help="train the heads alone, on few images")
     add = parser.add_argument_group("loss").add_argument
     add("--focal", action="store_true", help="focal loss")
     add("--gamma", type=float, default=2.0, help="exponent of the focal loss")
@@ -644,7 +641,7 @@ def check_run(state: dict) -> None:
     `Run` writes."""
     if "optimizer" not in state:
         return  # which gets a sentence of its own
-    itemgetter("scaler", "wandb_id")(state), itemgetter("lr", "epochs")(state["args"])
+    _ = state["scaler"], state["wandb_id"], state["args"]["lr"], state["args"]["epochs"]
     expected = vars(build_parser().parse_args([]))
     for name, value in state["args"].items():
         kind = type(expected[name])
