@@ -210,8 +210,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--tile", action="store_true", help=tile)
     scale = "with --tile, pixels of a window per pixel of the picture (default: median in training)"
     add("--scale", type=float, help=scale)
-    amp = "autocast (default: as in training)"
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], help=amp)
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], help="autocast (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
