@@ -13,7 +13,6 @@ import os
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,28 +79,19 @@ class Predictor(NamedTuple):
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.model(normalize(images))["out"]
 
-    def width(self, height: int, width: int) -> int:
-        """That of an image of this native size before its padding."""
-        return resized_size(height, width, self.size)[1]
+    def planes(self, logits: Tensor, height: int, width: int) -> Iterator[Tensor]:
+        """Class by class the (C, h, w) logits of an image, without the padding, at its native size
+        (H, W): it is they that are resized, not the labels."""
+        h, w = resized_size(height, width, self.size)
+        for plane in logits[:, None, None, :h, :w].float():
+            yield F.interpolate(plane, (height, width), mode="bilinear")[0, 0]
 
     def labels(self, logits: Tensor, height: int, width: int) -> Tensor:
         """(H, W) uint8 labels of an image of that native size from its (C, h, w) logits."""
-        return self.labels_and_probability(logits, height, width, False)[0]
-
-    def labels_and_probability(
-        self, logits: Tensor, height: int, width: int, wanted: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """(H, W) uint8 labels, and (H, W) uint8 their probabilities in 255ths, if `wanted`.
-
-        The padding is cut off, and the logits, not the labels, are brought to the native size.
-        """
-        h, w = resized_size(height, width, self.size)
-        planes = logits[:, None, None, :h, :w].float()
-        options = {"size": (height, width), "mode": "bilinear"}
-        return best_labels((F.interpolate(plane, **options)[0, 0] for plane in planes), wanted)
+        return best_labels(self.planes(logits, height, width))[0]
 
     def tiled(self, picture: Image.Image, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The same of an RGB picture, by windows."""
+        """`best_labels` of an RGB picture, by windows."""
         width = min(self.size, max(1, round(self.tiling.scale * picture.width)))
 
         def run(images: Tensor) -> Tensor:
@@ -128,9 +118,8 @@ class Predictor(NamedTuple):
                 yield indices[0], self.tiled(to_pil_image(images[0]))[0], masks[0], None
                 continue
             sizes = loader.dataset.manifest.sizes[indices].tolist()
-            logits = self.logits(images, starmap(self.width, sizes))
-            items = zip(indices, logits, masks, sizes)
-            for index, logits, mask, (height, width) in items:
+            batch = self.logits(images, (resized_size(*size, self.size)[1] for size in sizes))
+            for index, logits, mask, (height, width) in zip(indices, batch, masks, sizes):
                 yield index, self.labels(logits, height, width), mask[:height, :width], logits
 
 

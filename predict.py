@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,12 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from dataset import evaluation_input, padded_size
+from dataset import evaluation_input, padded_size, resized_size
 from evaluate import Predictor, add_running, check_running, load_predictor
 from images import read_image
 from models import load_checkpoint, pick_device
 from report import overlay
+from tiles import best_labels
 
 OUTPUTS = {"masks_raw": ".png", "masks_colored": ".png", "overlays": ".jpg"}
 PROBABILITIES = {"probabilities": ".png"}  # of the labels: 1 to 255 for 1/255 to 1
@@ -104,9 +104,10 @@ def predict_labels(
     else:
         inputs = [evaluation_input(pil_to_tensor(image), predictor.size) for image in images]
         sizes = [(image.height, image.width) for image in images]
-        logits = predictor.logits(torch.stack(inputs), starmap(predictor.width, sizes))
-        labels = predictor.labels_and_probability
-        found = (labels(x, *size, probabilities) for x, size in zip(logits, sizes))
+        widths = [resized_size(*size, predictor.size)[1] for size in sizes]
+        logits = predictor.logits(torch.stack(inputs), widths)
+        planes = (predictor.planes(each, *size) for each, size in zip(logits, sizes))
+        found = (best_labels(each, probabilities) for each in planes)
     for tensors in found:
         yield [tensor.cpu().numpy() for tensor in tensors if tensor is not None]
 
