@@ -85,16 +85,14 @@ def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
 
 
 def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndarray) -> np.ndarray:
-    def position(group: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{names[group]}".encode(), digest_size=8).digest()
-
+    hashes = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
     holds = np.zeros((len(names), manifest.pixels.shape[1] - 1), dtype=bool)
     np.logical_or.at(holds, groups, manifest.pixels[:, 1:] > 0)
     groups_with_class = np.where(holds, holds.sum(axis=0), len(names) + 1)
     rarest = np.where(holds.any(axis=1), groups_with_class.argmin(axis=1) + 1, 0)
     validates = np.zeros(len(names), dtype=bool)
     for label in np.unique(rarest):
-        stratum = sorted(np.flatnonzero(rarest == label).tolist(), key=position)
+        stratum = sorted(np.flatnonzero(rarest == label).tolist(), key=hashes.__getitem__)
         count = round(VAL_FRACTION * len(stratum))
         validates[stratum[: max(count, 1) if len(stratum) > 1 else count]] = True
     return validates

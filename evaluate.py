@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,14 +58,13 @@ class Predictor(NamedTuple):
     flip: bool = False
     tiling: Tiling | None = None
 
-    def logits(self, images: Tensor, widths: Iterable[int]) -> Tensor:
+    def logits(self, images: Tensor, widths: list[int]) -> Tensor:
         """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images that are padded to the
         right of their `widths`. With `flip`, the probabilities are the mean of those of picture and
         mirror image, and the logits their logarithms."""
         images = images.to(self.device, non_blocking=True)
         if not self.flip:
             return self.run(images)
-        widths = list(widths)
 
         def mirrored(batch: Tensor) -> Tensor:  # but for the padding, which stays to the right
             pairs = ((x[..., :w].flip(-1), x[..., w:]) for x, w in zip(batch, widths))
@@ -118,7 +117,7 @@ class Predictor(NamedTuple):
                 yield indices[0], self.tiled(to_pil_image(images[0]))[0], masks[0], None
                 continue
             sizes = loader.dataset.manifest.sizes[indices].tolist()
-            batch = self.logits(images, (resized_size(*size, self.size)[1] for size in sizes))
+            batch = self.logits(images, [resized_size(*size, self.size)[1] for size in sizes])
             for index, logits, mask, (height, width) in zip(indices, batch, masks, sizes):
                 yield index, self.labels(logits, height, width), mask[:height, :width], logits
 
@@ -342,18 +341,15 @@ def images_table(subject: Subject) -> metrics.Table:
     state, manifest = subject.state, subject.manifest
     training = ~validated(state, manifest)
     training &= state["fingerprint"] == manifest.fingerprint
-    sides = [manifest.pixels[training], manifest.pixels[subject.indices]]
-    names = ["training", subject.images]
-    rows = [["", *(f"{name}, {what}" for name in names for what in ("images", "pixels in %"))]]
-    for label, name in enumerate(manifest.classes):
-        cells = []
-        for pixels in sides:
-            share = pixels[:, label].sum() / max(1, pixels.sum())
-            cells += [f"{(pixels[:, label] > 0).sum():,}", f"{100 * share:.2f}"]
-        rows.append([name, *cells])
-    rows.append(["all", f"{training.sum():,}", "", f"{len(subject.indices):,}", ""])
+    columns = [["", *manifest.classes, "all"]]
+    for name, indices in (("training", training), (subject.images, subject.indices)):
+        pixels = manifest.pixels[indices]
+        holding = [*(pixels > 0).sum(axis=0), len(pixels)]
+        shares = 100 * pixels.sum(axis=0) / max(1, pixels.sum())
+        columns.append([f"{name}, images", *(f"{count:,}" for count in holding)])
+        columns.append([f"{name}, pixels in %", *(f"{share:.2f}" for share in shares), ""])
     split = state["args"].get("val_split") or "a part of the images"
-    return f"Images of {manifest.data}, of which {split} validated", rows
+    return f"Images of {manifest.data}, of which {split} validated", [*map(list, zip(*columns))]
 
 
 def panels_path(path: str) -> Path:
