@@ -46,9 +46,7 @@ def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor,
         torch.maximum(best, values, out=best)
         if wanted:
             torch.logaddexp(total, values, out=total)
-    if not wanted:
-        return labels, None
-    return labels, (255 * (best - total).exp()).round().byte()
+    return labels, (255 * (best - total).exp()).round().byte() if wanted else None
 
 
 def windows(length: int, side: int) -> list[tuple[int, Tensor]]:
