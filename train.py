@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -177,14 +177,6 @@ class Run:
             remedy = "--dice --balance 0.5 --weighted, more --epochs, or another --lr"
             say(f"that is background and little else: try {remedy} (README: Little data)")
 
-    def batches_timed(self) -> Iterator[list[Tensor]]:
-        """The loader's batches; the seconds of waiting for them are added to `waited`."""
-        before = time.perf_counter()
-        for batch in self.loader:
-            self.waited += time.perf_counter() - before
-            yield batch
-            before = time.perf_counter()
-
     def train_one_epoch(self) -> dict[str, float]:
         """The rest of the current epoch. Returns what metrics.jsonl says of it: mean loss, images
         per second, and the share of the time that it waited for data."""
@@ -196,29 +188,30 @@ class Run:
         if args.freeze_backbone:
             self.model.backbone.eval()
         torch.backends.cudnn.benchmark = True  # pays for one shape, not for those of validation
-        started, self.waited = time.perf_counter(), 0.0
-        saved = started
+        started = saved = asked = time.perf_counter()
+        waited = 0.0
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         bar = tqdm(total=batches.steps, initial=first, desc=title, leave=False, disable=None)
-        for batch in self.batches_timed():
+        for batch in self.loader:
+            waited += time.perf_counter() - asked
             parts.append([tensor.to(self.device, non_blocking=True) for tensor in batch])
-            if len(parts) < args.accumulate:
-                continue
-            self.loss_sum += self.train_step(parts)
-            self.step, self.batch, parts = self.step + 1, self.batch + 1, []
-            bar.update()
-            if self.batch == first + TIMED and self.device.type == "cpu":
-                self.tell_duration((time.perf_counter() - started) / TIMED)
-            if self.batch % LOG_EVERY == 0:
-                self.tell_loss(bar, time.perf_counter() - started, self.batch - first)
-            self.check_signal()
-            if time.perf_counter() - saved >= 60 * args.save_every:
-                self.save("last.pt")
-                saved = time.perf_counter()
+            if len(parts) == args.accumulate:
+                self.loss_sum += self.train_step(parts)
+                self.step, self.batch, parts = self.step + 1, self.batch + 1, []
+                bar.update()
+                if self.batch == first + TIMED and self.device.type == "cpu":
+                    self.tell_duration((time.perf_counter() - started) / TIMED)
+                if self.batch % LOG_EVERY == 0:
+                    self.tell_loss(bar, time.perf_counter() - started, self.batch - first)
+                self.check_signal()
+                if time.perf_counter() - saved >= 60 * args.save_every:
+                    self.save("last.pt")
+                    saved = time.perf_counter()
+            asked = time.perf_counter()
         bar.close()
         loss, seconds = self.mean_loss(), time.perf_counter() - started
         images = (batches.steps - first) * batches.images_per_step
-        waiting = self.waited / seconds
+        waiting = waited / seconds
         if self.device.type == "cuda" and waiting > MUCH_WAITING:
             say(f"the GPU waited for data {waiting:.0%} of the time: raise --workers")
         return {"train_loss": loss, "images_per_second": images / seconds, "data_wait": waiting}
