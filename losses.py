@@ -169,7 +169,9 @@ class SumOverChunks(torch.autograd.Function):
         chunk = CHUNK.get(logits.device.type, 2**24)
         images = max(1, chunk // (count * height * width))
         rows = max(stride, min(height, chunk // (count * width)) // stride * stride)
-        to_height, to_width = (interpolation(n, stride, logits.device) for n in (h, w))
+        # Matrices that upsample a column and a row as `F.interpolate` does.
+        eyes = (torch.eye(n, device=logits.device)[None] for n in (h, w))
+        tall, wide = (F.interpolate(x, scale_factor=stride, mode="linear")[0] for x in eyes)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(logits, dtype=torch.float32) if wanted else None
         total = torch.zeros((), device=masks.device)
@@ -182,7 +184,7 @@ class SumOverChunks(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
                 large = x
                 if stride > 1:
-                    large = to_height[top:bottom, cells[2]] @ (x @ to_width[:width].T)
+                    large = tall.T[top:bottom, cells[2]] @ (x @ wide[:, :width])
                 value = function(large, masks[image : image + images, top:bottom])
             total = total + value.detach()
             if wanted:
@@ -193,12 +195,6 @@ class SumOverChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
         return slope * ctx.saved_tensors[0], None, None
-
-
-def interpolation(size: int, stride: int, device: torch.device) -> Tensor:
-    """(size * stride, size) float32: the matrix that upsamples a column as `F.interpolate` does."""
-    cells = torch.eye(size, device=device)[None]
-    return F.interpolate(cells, scale_factor=stride, mode="linear")[0].T
 
 
 def class_weights(pixels: np.ndarray, power: float = 0.5, max_ratio: float = 10.0) -> Tensor:
