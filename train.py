@@ -339,12 +339,11 @@ class Run:
         }
         if self.scaler.is_enabled() and self.step:
             line["skipped_steps"] = self.skipped_steps()
-        value = -1.0 if line["val_foreground_miou"] is None else line["val_foreground_miou"]
-        better = value > self.best
-        self.best = max(value, self.best)
+        better = bool(found["foreground_miou"] > self.best)  # never where there is none, NaN
         self.history.append(line)
         self.started = time.perf_counter()
         if better:
+            self.best = line["val_foreground_miou"]
             self.save("best.pt")
         self.save("last.pt")
         self.draw_curves()
