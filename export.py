@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import common
 from common import UserError
-from dataset import MEAN, PAD_MULTIPLE, normalize, resized_size
+from dataset import FILL, PAD_MULTIPLE, normalize, resized_size
 from models import load_checkpoint, model_from_checkpoint
 
 
@@ -40,8 +40,7 @@ class Labels(nn.Module):
         padded = ((n + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE for n in (h, w))
         rows, columns = map(torch.arange, padded)
         x = x[:, :, rows.clamp(max=h - 1)][..., columns.clamp(max=w - 1)]
-        fill = torch.tensor([round(255 * m) for m in MEAN]).view(3, 1, 1)
-        x = torch.where((rows < h)[:, None] & (columns < w), x, fill)
+        x = torch.where((rows < h)[:, None] & (columns < w), x, torch.tensor(FILL).view(3, 1, 1))
         logits = self.model(normalize(x))["out"][:, :, torch.arange(h)][..., torch.arange(w)]
         return F.interpolate(logits, size=(height, width), mode="bilinear").argmax(dim=1).byte()
 
