@@ -353,12 +353,6 @@ class EvaluationSet(Dataset):
         return image, torch.from_numpy(mask), index
 
 
-def derive_seed(*numbers: int) -> int:
-    """One 64-bit seed out of several numbers, without the correlations of adding them up."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def training_loader(manifest, batches: EpochBatches, size: int, workers: int) -> DataLoader:
     """Batches of images (N, 3, size, size) uint8 and masks (N, size, size) uint8."""
     return _loader(TrainingSet(manifest, size, batches.seed), batches, workers)

@@ -9,6 +9,7 @@ how to go on.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import distributed
 import metrics
 import models
 from common import UserError, say, write_text
-from dataset import derive_seed, normalize
+from dataset import normalize
 from distributed import gather, mean_over_ranks, rank, world
 from evaluate import Predictor, evaluate, predict_examples
 from losses import Totals, class_weights, pixel_weights, total_dice_sums, total_loss
@@ -231,7 +232,8 @@ class Run:
         weights = sum(pixel_weights(masks, self.weight).sum() for _, masks in batches)
         totals = Totals(mean_over_ranks(weights), None, world(), len(batches))
         # Dropout is a function of (seed, step, rank), so that nothing depends on what ran before.
-        seed = derive_seed(args.seed, self.step, rank())
+        key = repr((args.seed, self.step, rank())).encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
         torch.manual_seed(seed)
         if args.dice and len(batches) > 1:
             totals = totals._replace(dice=self.dice_of_parts(batches))
@@ -522,8 +524,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = common.ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", type=os.path.abspath, default="data", help="what prepare_masks.py wrote")
-    moved = "where the images are now, if they were moved"
-    add("--coco-root", type=os.path.abspath, metavar="ROOT", help=moved)
+    add("--coco-root", type=os.path.abspath, metavar="ROOT", help="where moved images are now")
     add("--val-split", metavar="NAME", help="split that validates, not a fifth of all images")
     add("--group", metavar="REGEX", help="keep together what it matches alike in the file name")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
