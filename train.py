@@ -96,33 +96,37 @@ class Run:
         self.loader = dataset.training_loader(manifest, self.batches, args.size, args.workers)
         mine, loading = self.val_indices[rank() :: world()], (args.batch_size, args.workers)
         self.val_loader = dataset.evaluation_loader(manifest, mine, args.size, *loading)
-
-        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
         pixels = dataset.drawn_pixels(manifest, indices, args.balance)
         if not pixels[1:].any():
             raise UserError(f"no training image of {args.data} holds a pixel of any class")
+        self.build(pixels, weights)
+        self.describe(train_indices, pixels / pixels.sum())
+
+    def build(self, pixels: np.ndarray, weights: str) -> None:
+        """The network, what weighs its loss, and its optimizer. `pixels`: (C,) that are drawn."""
+        args, device, classes = self.args, self.device, self.manifest.classes
+        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
         weight = class_weights(pixels) if args.weighted else torch.ones(len(pixels))
-        self.named_weights = dict(zip(manifest.classes, weight.tolist())) if args.weighted else None
+        self.weight = weight.to(device) if args.weighted else None
+        self.named_weights = dict(zip(classes, weight.tolist())) if args.weighted else None
         torch.manual_seed(args.seed)
-        self.model = models.build_model(args.model, manifest.classes, args.width, weights)
+        self.model = models.build_model(args.model, classes, args.width, weights)
         if args.freeze_backbone:
             self.model.backbone.requires_grad_(False)
         if args.weights in ("none", "imagenet"):
             prior = torch.from_numpy(pixels) * weight
             models.init_class_prior(self.model, prior / prior.sum())
         self.predictor = Predictor(self.model.to(device), args.size, device, self.dtype)
-        self.weight = weight.to(device) if args.weighted else None
         self.ddp_model = distributed.parallel(self.model, device)
         if args.compile:
             options = {"fallback_random": True}  # dropout as without
             self.ddp_model = torch.compile(self.ddp_model, options=options)
         if args.fresh is None:
-            args.fresh = models.fresh_classes(manifest.classes, args.weights)
+            args.fresh = models.fresh_classes(classes, args.weights)
         factor = (10.0 if args.fresh else 1.0) if args.head_lr is None else args.head_lr / args.lr
         head = models.head_of(args.model, args.weights)
         self.optimizer = models.build_optimizer(self.model, args.lr, head, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.describe(train_indices, pixels / pixels.sum())
 
     def describe(self, train_indices: np.ndarray, shares: np.ndarray) -> None:
         """Print what is about to be trained, on what, and how the pixels are shared."""
