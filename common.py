@@ -70,8 +70,8 @@ class Manifest:
         return len(self.ids)
 
     def keys(self, indices: np.ndarray) -> list[list]:
-        """[split, id, file name] of each image, of which the first two are unique in a manifest,
-        but not among manifests: for a checkpoint, in plain types."""
+        """[split, id, file name] of each image, in plain types for a checkpoint. Split and id are
+        unique within one manifest, but not across manifests."""
         columns = (column[indices].tolist() for column in (self.splits, self.ids, self.files))
         return [[split, id_, file.rpartition("/")[2]] for split, id_, file in zip(*columns)]
 
@@ -79,8 +79,8 @@ class Manifest:
 def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
     """Read `data`/manifest.json. Raises UserError if missing, damaged or of another version.
 
-    The images are looked for below `root`; without one where they were; and if there is no such
-    folder, where the environment's COCO_ROOT says.
+    Images are looked up below `root`, by default where they were prepared, or below the environment
+    variable COCO_ROOT if that folder is gone.
     """
     path = Path(data) / "manifest.json"
     remedy = f"run prepare_masks.py --coco-root ROOT --out {data}"
@@ -147,9 +147,9 @@ def color_mask(mask: np.ndarray, colors: list[tuple[int, int, int]]) -> Image.Im
 
 @contextmanager
 def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to that takes its place at `path` whole or not at all (then UserError).
+    """A file to write to. It appears at `path` complete, or not at all and with a UserError.
 
-    With `sync` it outlasts a power cut too, at the price of waiting for the disk.
+    With `sync` it also survives a power cut, at the price of waiting for the disk.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -180,7 +180,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename, for some seconds again where a virus scanner or a network holds the file."""
+    """Rename; retry for a few seconds while a virus scanner or a network drive holds the file."""
     for pause in (0.1, 0.3, 1, 3, None):
         try:
             os.replace(temporary, path)
@@ -194,7 +194,7 @@ def _replace(temporary: Path, path: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder. The lock dies with the process, whatever kills it.
-    Raises UserError where another one holds it."""
+    Raises UserError if another one holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
@@ -232,7 +232,7 @@ def write_image(path: Path, image: Image.Image) -> None:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a script's docstring as it stands, and defaults where there is one to show."""
+    """Shows the script's docstring as written, and defaults for arguments that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.default is not None and action.default is not False
@@ -240,8 +240,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Expands ~ and globs, as not every shell does, and none within quotes; but for flags that take
-    no path."""
+    """Expands ~ and globs, which not every shell does, and no shell within quotes; but not in the
+    values of flags that take no path."""
 
     LITERAL = ("--group", "--classes", "--priority", "--rare", "--pick")
 
@@ -277,7 +277,7 @@ def default_workers() -> int:
 
 
 def say(*words: object) -> None:
-    """Print a line at once; that nobody reads any more is no reason to end a training."""
+    """Print a line immediately. A closed output is no reason to end a training."""
     try:
         print(*words, flush=True)
     except BrokenPipeError:
@@ -285,7 +285,7 @@ def say(*words: object) -> None:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads it. If so, it leads nowhere from now on: Python still flushes it."""
+    """Whether nobody reads it. If so, it leads nowhere from now on, since Python will flush it."""
     try:
         stream.write("\n")
         stream.flush()
@@ -296,8 +296,8 @@ def _is_closed(stream: TextIO) -> bool:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 2 and one sentence for a user's error, 130 for Ctrl-C, 141
-    where nobody reads on (as `| head`), without a word."""
+    """Run a script's `main` and exit: with 2 and one sentence after a user's error, with 130 after
+    Ctrl-C, and silently with 141 if the output was closed, as by `| head`."""
     for stream in (sys.stdout, sys.stderr):  # a class may have a name that the terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -313,8 +313,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and not error.filename and _is_closed(sys.stdout):
             sys.exit(141)
-        # torch tells of a dead loader process by a lost connection, by an error out of its handler
-        # of SIGCHLD, or by both.
+        # torch reports a dead loader process as a lost connection, as an error from its handler of
+        # SIGCHLD, or as both.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if getattr(error, "filename", None):

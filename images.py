@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common import IGNORE_INDEX, UserError
 
-# Those of photographs and masks, the usual first: each of Pillow's other forty decoders is a risk.
+# Formats of photographs and masks. Each of Pillow's forty other decoders would be a risk.
 FORMATS = ["JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "TGA"]
 
 
@@ -31,8 +31,8 @@ def _open(path: Path, kind: str, missing: str, damaged: str) -> Iterator[Image.I
 
 
 def orientation(image: Image.Image) -> int:
-    """What EXIF says of how an image is to be turned, 1 for not at all; 5 and more swap its sides.
-    What is damaged says nothing."""
+    """The EXIF orientation: 1 means that nothing is to be turned, 5 and above swap height and
+    width. Damaged EXIF counts as 1."""
     value = None
     with suppress(Exception):  # whatever Pillow makes of it
         value = image.getexif().get(0x0112)
@@ -42,11 +42,11 @@ def orientation(image: Image.Image) -> int:
 def read_image(
     path: Path, size: tuple[int, int] | None = None, upright: bool = True, scale: int = 1
 ) -> Image.Image:
-    """Decode any image file to 8-bit RGB: more bits scaled down, transparency over white.
+    """Decode any image file to 8-bit RGB. More bits are scaled down; transparency becomes white.
 
-    EXIF rotation is applied if `upright`; but where only one of the two, stored or turned, has the
-    annotated `size` (height, width), that one is returned. A JPEG is made smaller by `scale`, 1, 2,
-    4 or 8, while it is decoded, which takes less time; its sides are rounded up.
+    EXIF rotation is applied if `upright`. But if only the stored or only the rotated image has the
+    annotated `size` (height, width), that one is returned. A JPEG is shrunk by `scale` (1, 2, 4 or
+    8) while it is decoded, which saves time; its sides are rounded up.
     Raises UserError if the file is missing, not an image, or of neither size.
     """
     moved = "did the images move? Give their folder with --coco-root"
@@ -67,8 +67,8 @@ def read_image(
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any picture, as `read_image` has it. Raises errors of all kinds."""
-    image.load()  # some formats tell their mode only then
+    """8-bit RGB of any picture, as `read_image` returns it. May raise any error."""
+    image.load()  # some formats know their mode only then
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose white could be any number")
     if image.mode.startswith("I"):  # more than 8 bits, which convert() would clip at 255
@@ -82,8 +82,8 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """8 bits of up to 16. A file of 12-bit data states 16, which would leave it almost black: so
-    the highest bit is that of the brightest pixel, unless a TIFF states fewer than 16 itself."""
+    """Reduce up to 16 bits to 8. A file with 12-bit data says 16, which would make it almost black:
+    so the brightest pixel decides how many bits there are, unless a TIFF states fewer than 16."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() >= 2**16:
         raise ValueError("pixels of more than 16 bits")
@@ -93,8 +93,8 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def read_mask(path: Path, classes: int, checksum: int | None = None) -> np.ndarray:
-    """(H, W) uint8 labels. Raises UserError for a label that is neither a class nor 255, and if the
-    mask is not the one that had the `checksum`."""
+    """(H, W) uint8 labels. Raises UserError for a label that is neither a class nor 255, and for a
+    mask that does not have the `checksum`."""
     again = "run prepare_masks.py again"
     with _open(path, "mask", again, again) as image:
         if image.mode != "L":
@@ -113,8 +113,8 @@ def read_mask(path: Path, classes: int, checksum: int | None = None) -> np.ndarr
 
 
 def read_labels(path: Path, codes: dict) -> np.ndarray:
-    """(H, W) uint8 labels of somebody's mask: an index image, or RGB where `codes`, which gives the
-    label of each value that may occur, has colours. Raises UserError for any other value."""
+    """(H, W) uint8 labels from a user's mask: an index image, or RGB if the `codes` are colours.
+    `codes` maps each value that may occur to its label; any other value raises UserError."""
     colors = isinstance(next(iter(codes)), tuple)
     with _open(path, "mask", "is it a file?", "export it again") as image:
         if image.format == "JPEG":

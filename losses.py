@@ -35,16 +35,16 @@ def segmentation_loss(
 ) -> Tensor:
     """Class-weighted focal loss: sum of w[y] (1 - p)^gamma CE over valid pixels / sum of w[y].
 
-    p is the probability of the true class y, CE = -log p. gamma = 0 is cross entropy, equal to
-    `F.cross_entropy(weight=weight)`; no weight is a weight of 1. A batch of ignored pixels only has
-    loss 0 and gradient 0, where `F.cross_entropy` gives NaN. In float32 under autocast too.
+    p is the probability of the true class y, and CE = -log p. With gamma = 0 it is cross entropy,
+    equal to `F.cross_entropy(weight=weight)`; without a weight, all weights are 1. If all pixels
+    are ignored, loss and gradient are 0, where `F.cross_entropy` gives NaN. Always in float32.
 
     logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or 255 (ignored).
     weight: (C,) float32 or None. gamma >= 0. normalizer: the sum of w[y] to divide by, if these
-    images are a part of a larger batch. Returns a float32 scalar on the device of the logits.
+    images are part of a larger batch. Returns a float32 scalar on the device of the logits.
 
-    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5. Divided by
-    the weights alone, not the modulated ones, so that gamma does turn easy pixels down.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5. The divisor
+    is the sum of the weights without the focal factor; otherwise gamma would not down-weight.
     """
     masks = masks.long()
     with torch.autocast(logits.device.type, enabled=False):
@@ -66,8 +66,8 @@ def pixel_weights(masks: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def dice_sums(logits: Tensor, masks: Tensor) -> Tensor:
-    """(3, C) float32, summed over the valid pixels: the probability of each class where it is true,
-    where anything is true, and the number of pixels where it is true.
+    """(3, C) float32, summed over the valid pixels: the probability of each class on its own
+    pixels, its probability on all pixels, and the number of its pixels.
 
     logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or 255 (ignored).
     """
@@ -80,12 +80,12 @@ def dice_sums(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def dice_loss(sums: Tensor, smoothing: float = 1.0) -> Tensor:
-    """1 - mean of (2 I + s) / (P + T + s) over the foreground classes that are there (T > 0).
+    """1 - mean of (2 I + s) / (P + T + s) over the foreground classes that occur (T > 0).
 
-    sums: (3, C) float32, I, P and T of `dice_sums`. 0 where there is no foreground.
+    sums: (3, C) float32, the I, P and T of `dice_sums`. The loss is 0 if there is no foreground.
 
-    Source: Milletari et al. 2016, "V-Net", without its squares; over the batch and smoothed by one
-    pixel as in nnU-Net.
+    Source: Milletari et al. 2016, "V-Net", without the squares; over the batch and smoothed by one
+    pixel, as in nnU-Net.
     """
     intersection, predicted, true = sums[:, 1:]
     dice = (2 * intersection + smoothing) / (predicted + true + smoothing)
@@ -94,10 +94,10 @@ def dice_loss(sums: Tensor, smoothing: float = 1.0) -> Tensor:
 
 
 class Totals(NamedTuple):
-    """What all images of a step sum up to, on which the loss of a part of them depends.
+    """Sums over all images of a step, which the loss of each part of them needs.
 
     weights: the sum of w[y]. dice: (heads, 3, C), the `dice_sums` of each head, or None for no Dice
-    loss. Both are the mean over `ranks` processes, as the gradients are. parts: batches per step.
+    loss. Both are means over `ranks` processes, as the gradients are. parts: batches per step.
     """
 
     weights: Tensor
@@ -106,7 +106,7 @@ class Totals(NamedTuple):
     parts: int = 1
 
     def dice_slopes(self, head: int) -> tuple[Tensor, Tensor]:
-        """A part's share of the Dice loss, and (3, C) its slopes: how it grows with the sums."""
+        """A part's share of the Dice loss, and (3, C) the derivative of the loss by the sums."""
         sums = self.dice[head].detach().requires_grad_()
         with torch.enable_grad():
             loss = dice_loss(sums, 1 / self.ranks)
@@ -124,10 +124,12 @@ def total_loss(
     half of the same for outputs["aux"] if present.
 
     outputs: (N, C, H, W) logits, or smaller by the network's stride: they are upsampled here.
-    masks, weight, gamma: as for `segmentation_loss`. totals: of the step, else of these images.
+    masks, weight, gamma: as for `segmentation_loss`. totals: those of the step; by default, of
+    these images.
 
-    Dice is no sum over pixels, but its gradient is one: each pixel's, times slopes that depend on
-    the totals alone. So the gradient is that of one batch, whatever the parts and the ranks.
+    Dice is not a sum over pixels, but its gradient is: each pixel contributes its own gradient
+    times slopes that depend only on the totals. So parts and ranks together give the gradient of
+    one batch.
     """
     totals = totals or Totals(pixel_weights(masks, weight).sum())
     loss = torch.zeros((), device=masks.device)
@@ -153,12 +155,13 @@ def total_dice_sums(outputs: dict[str, Tensor], masks: Tensor) -> Tensor:
 
 
 class SumOverChunks(torch.autograd.Function):
-    """function(logits, masks), a sum over pixels, of logits that are first upsampled bilinearly to
-    the size of the masks.
+    """function(logits, masks), which is a sum over pixels, after the logits have been upsampled
+    bilinearly to the size of the masks.
 
-    Large logits and their gradients exist for a chunk at a time only, which stays in the cache: 81
-    classes take a third of the time and a tenth of the memory. Two matrix products upsample, since
-    the backward of `F.interpolate` is slow, and on a GPU adds up in another order each time.
+    Large logits and their gradients exist only for one chunk at a time, which stays in the cache:
+    81 classes take a third of the time and a tenth of the memory. Two matrix products upsample,
+    because the backward of `F.interpolate` is slow, and on a GPU it adds in a different order each
+    time.
     """
 
     @staticmethod
@@ -201,9 +204,9 @@ def class_weights(pixels: np.ndarray, power: float = 0.5, max_ratio: float = 10.
     """(C,) float32 weights from (C,) pixel counts: (1 / share)^power, at most `max_ratio` apart.
 
     Full inverse frequency (power 1) gives COCO's rare classes weights of several hundred and lowers
-    the IoU of every class, theirs included; so the square root, clamped. Scaled to a mean of 1 over
-    the pixels, which leaves the loss and the learning rate comparable with the unweighted.
-    A class without a pixel gets the largest weight; no pixel ever uses it.
+    the IoU of every class, even theirs; hence the clamped square root. The mean over the pixels is
+    1, so loss and learning rate stay comparable with those of an unweighted run. A class without a
+    pixel gets the largest weight, which is never used.
     """
     pixels = np.asarray(pixels, dtype=np.float64)
     share = np.maximum(pixels, 1) / max(pixels.sum(), 1)

@@ -3,8 +3,8 @@
     model = build_model("deeplab", classes=["background", "person", "car"], weights="coco")
     logits = model(images)["out"]            # (N, C, H, W), at the size of the images
 
-Every model returns a dict: "out" always, "aux" (DeepLab's auxiliary head) in training mode. A new
-model is a class with the attributes of `UNet` and an entry in `MODELS`.
+Every model returns a dict with "out", and in training mode DeepLab adds "aux", its auxiliary head.
+To add a model, write a class with the attributes of `UNet` and enter it in `MODELS`.
 """
 
 import math
@@ -80,9 +80,9 @@ class UNet(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) float -> {"out": (N, C, H, W)}."""
         height, width = images.shape[-2:]
-        # Right and below up to the stride, cut off again at the end: any size works.
+        # Pad right and below to a multiple of the stride, and crop at the end: any size works.
         padding = (0, -width % self.STRIDE, 0, -height % self.STRIDE)
-        # What is exported has no need of it, and no way to say so.
+        # An exported model gets padded images, and could not express this for open sizes.
         x = images if is_exporting() else F.pad(images, padding, mode="replicate")
         skips = []
         for depth, block in enumerate(self.down):
@@ -95,12 +95,14 @@ class UNet(nn.Module):
 
 
 class ImagePooling(nn.Sequential):
-    """torchvision's `ASPPPooling` with the same layers, and a result that stays channels last: from
-    there on its gradients, and those of 1,280 channels beside it, would change their layout."""
+    """torchvision's `ASPPPooling` with the same layers, but its result stays channels last.
+    Otherwise its gradients, and those of the 1,280 channels beside it, would change their
+    layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 2048, H, W) -> (N, 256, H, W), the same at each pixel."""
-        # Its backward keeps the layout, that of mean() does not; but only mean() can be exported.
+        # The backward of avg_pool2d keeps the layout, that of mean does not; only mean can be
+        # exported.
         pooled = x.mean((2, 3), keepdim=True) if is_exporting() else F.avg_pool2d(x, x.shape[2:])
         pooled = super().forward(pooled)
         pooled = pooled.expand(-1, -1, *x.shape[2:])
@@ -110,9 +112,9 @@ class ImagePooling(nn.Sequential):
 class DeepLab(DeepLabV3):
     """torchvision's DeepLabV3-ResNet50 (Chen et al. 2017), output stride 8, with auxiliary head.
 
-    The parameters have torchvision's names. Unlike there, the auxiliary head runs in training only,
-    and the logits are made float32 before they are upsampled, by exactly the stride: stretched to a
-    size that is no multiple of it, they would be shifted by up to 7 pixels.
+    The parameters have torchvision's names. But the auxiliary head runs only in training, and the
+    logits are converted to float32 and then upsampled by exactly the stride: stretched to a size
+    that is not a multiple of the stride, they would be shifted by up to 7 pixels.
     """
 
     STRIDE = 8
@@ -135,7 +137,7 @@ class DeepLab(DeepLabV3):
         if self.training:
             return {"out": logits, "aux": self.aux_classifier(features["aux"])}
         height, width = images.shape[2:]
-        # Contiguous, since upsampling takes less time so than in channels last.
+        # Contiguous, because channels-last logits take longer to upsample.
         logits = logits.float().contiguous()
         logits = F.interpolate(logits, scale_factor=self.STRIDE, mode="bilinear")
         return {"out": logits[..., :height, :width]}
@@ -145,7 +147,7 @@ MODELS = {"unet": UNet, "deeplab": DeepLab}
 
 
 def donor_rows(classes: list[str], weights: str) -> dict[int, int]:
-    """The label of each class that "coco" or a checkpoint knows, and theirs for it."""
+    """{our label: donor's label} for each class that "coco" or a checkpoint knows."""
     if weights == "coco":
         known, classes = DONOR.meta["categories"], [VOC_NAMES.get(name, name) for name in classes]
     else:
@@ -154,7 +156,7 @@ def donor_rows(classes: list[str], weights: str) -> dict[int, int]:
 
 
 def fresh_classes(classes: list[str], weights: str) -> list[str]:
-    """Those that the weights do not know; none if there are no weights."""
+    """The classes that the weights do not know; none if there are no weights."""
     if weights in ("none", "imagenet"):
         return [] if weights == "none" else classes
     rows = donor_rows(classes, weights)
@@ -162,15 +164,15 @@ def fresh_classes(classes: list[str], weights: str) -> list[str]:
 
 
 def head_of(name: str, weights: str) -> tuple[str, ...]:
-    """The modules that --head-lr is for: after "imagenet" both heads, else the final convolutions,
-    in which a class that the weights do not know is fresh."""
+    """The modules that --head-lr applies to: after "imagenet" both heads, else the final
+    convolutions, where a class that the weights do not know starts fresh."""
     if weights == "imagenet":
         return ("classifier.", "aux_classifier.")
     return () if weights == "none" else MODELS[name].HEADS
 
 
 def pretrained_state(weights) -> dict[str, Tensor]:
-    """State dict of torchvision weights, from the hub's cache or downloaded into it."""
+    """State dict of torchvision weights, from the cache of torch.hub or downloaded into it."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         return weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
@@ -184,9 +186,9 @@ def build_model(name: str, classes: list[str], width: int = 64, weights: str = "
     """The network of that name in `MODELS`. classes: names, the background first. weights: one of
     its `STARTS`, or the path of a checkpoint of such a network.
 
-    "imagenet" is for the backbone alone. Of all others the rows of the final convolutions are those
-    of the donor's classes of the same name, so the network segments them before its first step; a
-    class that the donor doesn't know keeps its fresh row. Raises UserError if it cannot be loaded.
+    "imagenet" is only for the backbone. All others also fill the rows of the final convolutions,
+    for classes that have the same name there, so the network segments these before its first step;
+    other classes keep a fresh row. Raises UserError if the weights cannot be loaded.
     """
     model = MODELS[name](len(classes), width)
     if weights == "imagenet":
@@ -209,8 +211,8 @@ def build_model(name: str, classes: list[str], width: int = 64, weights: str = "
 def init_class_prior(model: nn.Module, prior: Tensor) -> None:
     """Set the final biases so that an untrained network predicts `prior`, (C,) probabilities.
 
-    Saves the hundreds of steps that a network otherwise takes to learn that most pixels are
-    background (Lin et al. 2017, section 4.1).
+    Otherwise a network takes hundreds of steps to learn that most pixels are background (Lin et al.
+    2017, section 4.1).
     """
     for head in model.HEADS:
         model.get_submodule(head).bias.copy_(prior.clamp_min(1e-4).log())
@@ -219,8 +221,8 @@ def init_class_prior(model: nn.Module, prior: Tensor) -> None:
 def build_optimizer(
     model: nn.Module, lr: float, head: tuple[str, ...] = (), factor: float = 1.0
 ) -> torch.optim.AdamW:
-    """AdamW, fused; biases and batch norm (the one-dimensional parameters) are not decayed. The
-    rate of parameters whose names begin as one of `head` is `factor` times as high."""
+    """Fused AdamW, without weight decay for biases and batch norm (one-dimensional parameters). The
+    rate of parameters whose names begin with one of `head` is `factor` times as high."""
     groups = [{**g, "lr": lr * g["factor"]} for g in _parameter_groups(model, head, factor)]
     return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -238,16 +240,16 @@ def _parameter_groups(model: nn.Module, head: tuple[str, ...], factor: float = 1
 
 
 def freeze_norm(model: nn.Module, weights: str) -> None:
-    """Let batch norm use the statistics that came with the weights, in training too: of the
-    backbone after "imagenet", else of the whole network."""
+    """Let batch norm use the statistics of the weights in training too: in the backbone after
+    "imagenet", else in the whole network."""
     for module in (model.backbone if weights == "imagenet" else model).modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; "auto" is CUDA where there is one, else the CPU. Of several processes of
-    torchrun each has a GPU of its own. Raises UserError."""
+    """The named device; "auto" is CUDA where there is one, else the CPU. Under torchrun each
+    process gets its own GPU. Raises UserError."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -258,12 +260,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def command_line() -> str:
-    """The command that runs, as one could type it again."""
+    """The command that is running, so that it can be typed again."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def origin(device: torch.device) -> dict[str, str]:
-    """How a run comes about: its command, the commit of these scripts, versions and the device."""
+    """What a run was made with: command, commit of these scripts, versions and device."""
     version = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
     try:
         found = subprocess.run(version, capture_output=True, text=True, check=False).stdout.strip()
@@ -282,8 +284,8 @@ def origin(device: torch.device) -> dict[str, str]:
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype, None for float32. "auto" is bf16 or else fp16 on a GPU, bf16 on a CPU that
-    computes in it (Linux says which), else off."""
+    """Autocast dtype, None for float32. "auto" is bf16 on a device that supports it (of CPUs only
+    Linux knows), else fp16 on a GPU and off on a CPU."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if amp == "auto" and device.type == "cpu" and CPU_FLAGS.exists():
@@ -300,11 +302,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None = None) -> dict:
-    """What `save_checkpoint` wrote, on the CPU. Nothing in the file can run code (weights_only).
-    With `mmap` its tensors are read when they are used, if ever. `check` looks at more than
-    `check_state` does, and raises errors of the same kinds.
+    """Read what `save_checkpoint` wrote, to the CPU. Nothing in the file can run code
+    (weights_only). With `mmap`, tensors are read only when they are used. `check` is called after
+    `check_state`, and raises errors of the same kinds.
 
-    Raises UserError if it is missing, damaged (by a single bit), of another version or kind.
+    Raises UserError if it is missing, damaged (even by one bit), or of another version or kind.
     """
     remedy = "give best.pt or last.pt of a run of train.py"
     try:
@@ -335,8 +337,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None
 
 
 def check_state(state: dict) -> None:
-    """Raise an error unless what a checkpoint holds is what `train.py` writes: before a network of
-    any size is built, and before a tensor of any kind is used."""
+    """Raise an error unless a checkpoint holds what `train.py` writes: before a network of any size
+    is built, and before a tensor of any kind is used."""
     arguments, classes, _ = state["args"], state["classes"], state["fingerprint"]
     kind, size = MODELS[arguments["model"]], arguments["size"]
     _require("size", type(size) is int and 32 <= size <= LARGEST_SIZE)
@@ -361,7 +363,7 @@ def check_state(state: dict) -> None:
     _require("names of weights", expected.keys() == state["model"].keys())
     for name, like in expected.items():
         _require_alike(name, state["model"][name], like)
-    if "optimizer" in state:  # AdamW's fused step writes to wherever the tensors would end
+    if "optimizer" in state:  # AdamW's fused step would write beyond tensors that are too small
         if arguments.get("freeze_backbone"):
             network.backbone.requires_grad_(False)
         groups = _parameter_groups(network, head_of(arguments["model"], arguments["weights"]))
