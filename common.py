@@ -83,7 +83,7 @@ def load_manifest(data: str | Path, root: str | None = None) -> Manifest:
     variable COCO_ROOT if that folder is gone.
     """
     path = Path(data) / "manifest.json"
-    remedy = f"run prepare_masks.py --coco-root ROOT --out {data}"
+    remedy = f"give its new folder with --data, or run prepare_masks.py --out {data}"
     try:
         content = json.loads(path.read_bytes())
         version, classes, images = (content[key] for key in ("version", "classes", "images"))
@@ -250,10 +250,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As in argparse, of expanded arguments."""
-        words, flag = [], None
+        words, flags = [], [""]
         for given in sys.argv[1:] if argv is None else argv:
-            flag = given if given.startswith("--") else flag
-            words += [given] if flag in self.LITERAL else self.expanded(given)
+            flags += [given.partition("=")[0]] if given.startswith("--") else []
+            words += [given] if flags[-1] in self.LITERAL else self.expanded(given)
+        for action in self._actions:  # a second list would take the place of the first
+            if action.nargs == "+" and sum(map(flags.count, action.option_strings)) > 1:
+                self.error(f"{action.option_strings[0]} is given twice: name all after one")
         return super().parse_args(words)
 
     def error(self, message: str) -> NoReturn:
@@ -280,7 +283,7 @@ def say(*words: object) -> None:
     """Print a line immediately. A closed output is no reason to end a training."""
     try:
         print(*words, flush=True)
-    except BrokenPipeError:
+    except OSError:  # its reader is gone, its terminal, or the disk is full
         _is_closed(sys.stdout)
 
 
@@ -298,8 +301,10 @@ def _is_closed(stream: TextIO) -> bool:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: with 2 and one sentence after a user's error, with 130 after
     Ctrl-C, and silently with 141 if the output was closed, as by `| head`."""
-    for stream in (sys.stdout, sys.stderr):  # a class may have a name that the terminal cannot show
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # for names of any alphabet
     try:
         code = main()
         sys.stdout.flush()
@@ -309,7 +314,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     except UserError as error:
         # From a loader process it comes with that process's traceback before it.
-        sentence = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        sentence = " ".join(str(error).split("UserError: ")[-1].split())
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and not error.filename and _is_closed(sys.stdout):
             sys.exit(141)
@@ -317,7 +322,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         # SIGCHLD, or as both.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if getattr(error, "filename", None):
+        if getattr(error, "errno", None) == errno.ENOSPC and not error.filename:
+            sentence = "cannot write the output: is its disk full?"
+        elif getattr(error, "filename", None):
             sentence = f"cannot use {error.filename} ({error.strerror}): give another path"
         elif "shared memory" in str(error) or "bus error" in str(error).lower():
             remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"

@@ -43,7 +43,7 @@ PAD_MULTIPLE = 32
 BATCH_PIXELS = 2**26
 MOST_WORKERS = 256
 TIMEOUT = 600  # seconds to wait for a batch
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def split_indices(
@@ -69,7 +69,8 @@ def split_indices(
     if not validates.any() or validates.all():
         source = f"--val-split {val_split}" if val_split else manifest.data
         empty, known = "train" if validates.any() else "validate", sorted(set(manifest.splits))
-        raise UserError(f"{source} leaves no image to {empty} on; splits: {', '.join(known)}")
+        remedy = f"add images, or choose another split of {', '.join(known)}"
+        raise UserError(f"{source} leaves no image to {empty} on: {remedy}")
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
@@ -85,7 +86,8 @@ def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
 
 
 def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndarray) -> np.ndarray:
-    hashes = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
+    keys = [f"{seed}/{name}".encode(errors="surrogateescape") for name in names]
+    hashes = [hashlib.blake2b(key, digest_size=8).digest() for key in keys]
     holds = np.zeros((len(names), manifest.pixels.shape[1] - 1), dtype=bool)
     np.logical_or.at(holds, groups, manifest.pixels[:, 1:] > 0)
     groups_with_class = np.where(holds, holds.sum(axis=0), len(names) + 1)

@@ -365,7 +365,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--size {args.size}: give 32 to {LARGEST_SIZE}")
     check_running(parser, args)
     pictures = [panels_path(path) for path in args.ckpt] if args.panels else []
-    for file in [*filter(None, (args.json, args.html, args.markdown)), *pictures]:
+    outputs = [*filter(None, (args.json, args.html, args.markdown)), *pictures]
+    inputs = {Path(path).resolve() for path in args.ckpt}
+    for file in outputs:
+        if outputs.count(file) > 1 or file.resolve() in inputs or file.name == "manifest.json":
+            raise UserError(f"{file} is an input, or named twice: give another path")
         if not file.parent.is_dir():
             raise UserError(f"no folder {file.parent} to write {file.name} to: make it first")
         if file.is_dir():
@@ -385,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     for path, images in zip(args.ckpt, compared):
         if images != compared[0]:
             what = "other images, masks or classes"
-            raise UserError(f"{path} has {what} than {args.ckpt[0]}: leave it out")
+            raise UserError(f"{path} has {what} than {args.ckpt[0]}: evaluate them apart")
     picks = ["worst", "best", "random", *subjects[0].manifest.classes[1:]]
     if args.pick not in picks:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")

@@ -10,6 +10,7 @@ does, in float32: all between is inside. The classes' names and colours are in i
 import argparse
 import io
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix not in (".pt2", ".onnx"):
         parser.error(f"--out {args.out}: give a name that ends in .pt2 or .onnx")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
+    warnings.filterwarnings("ignore", module="torch")  # that no user can do anything about
     content = exported(load_checkpoint(args.ckpt), args.out.suffix)
     with common.atomic_write(args.out) as file:
         file.write(content)

@@ -27,6 +27,8 @@ def _open(path: Path, kind: str, missing: str, damaged: str) -> Iterator[Image.I
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "no image, or of a format that Pillow does not know"
+        if isinstance(error, Image.DecompressionBombError):
+            reason, damaged = "more pixels than Pillow accepts", "for predict.py say --tile"
         raise UserError(f"cannot read the {kind} {path} ({reason}): {damaged}") from None
 
 
@@ -121,13 +123,17 @@ def read_labels(path: Path, codes: dict) -> np.ndarray:
             raise UserError(f"{path} is a JPEG, which blurs labels: export the masks as PNG")
         if not colors and image.mode not in ("L", "P", "1", "I", "I;16"):
             raise UserError(f"{path} is {image.mode}: give the colour of each class with --colors")
-        values = np.array(image.convert("RGB") if colors else image).astype(np.int32)
+        values = np.array(image.convert("RGBA") if colors else image).astype(np.int32)
     if colors:
-        values = values @ np.array((65536, 256, 1), dtype=np.int32)
+        values, alpha = values[..., :3] @ np.array((65536, 256, 1), dtype=np.int32), values[..., 3]
+        if ((alpha > 0) & (alpha < 255)).any():
+            raise UserError(f"{path} has half-transparent pixels: export it without smooth edges")
         codes = {red * 65536 + green * 256 + blue: v for (red, green, blue), v in codes.items()}
     labels = np.full(values.shape, -1, dtype=np.int16)
     for code, label in codes.items():
         labels[values == code] = label
+    if colors:
+        labels[alpha == 0] = 0  # erased
     if labels.min() < 0:
         value = values[labels < 0][0]
         value = f"#{value:06x}" if colors else value

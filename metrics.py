@@ -246,7 +246,8 @@ def tables(entries: list[dict]) -> list[Table]:
 
 def evaluated(entry: dict) -> str:
     """On which images a checkpoint was evaluated, and how."""
-    words = f"{entry['images']} {entry['evaluated_on']} images"
+    count, which = entry["images"], entry["evaluated_on"]
+    words = f"all {count} images" if which == "all" else f"{count} {which} images"
     words += ", with their mirror images" if entry.get("flip") else ""
     return words + (", in tiles" if entry.get("tile") else "")
 
@@ -344,7 +345,8 @@ def as_text(table: Table) -> str:
 
 def as_markdown(table: Table) -> str:
     """The table in Markdown."""
-    title, (head, *rows) = table
+    title, rows = table
+    head, *rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join([f"**{title}**", "", *(f"| {' | '.join(r)} |" for r in (head, rule, *rows))])
 

@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -162,11 +162,11 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
     except Exception:  # a damaged file can make Pillow raise anything
         raise Unusable("image file is not readable") from None
     turned = size[::-1] if turns >= 5 else size
-    upright = stated == turned if all(stated) else work.exif == "upright"
+    upright = stated == turned if all(stated) else work.exif != "stored"
     exif = "unclear" if turned == size or not all(stated) else "upright" if upright else "stored"
     size = turned if upright else size
     if all(stated) and size != stated:
-        raise Unusable("image file has another size than the annotations say")
+        raise Unusable("image file has another size than its annotations or its mask")
     if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise Unusable(f"image has more than {Image.MAX_IMAGE_PIXELS} pixels")
     return *size, exif if turns != 1 else None
@@ -257,18 +257,22 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
     return rows, totals, exif
 
 
-def refuse_nothing(totals: dict, classes: list[str], crowd: str, skipped: Skipped) -> None:
+def refuse_nothing(
+    totals: dict, classes: list[str], args: argparse.Namespace, skipped: Skipped
+) -> None:
     """Raise UserError, with the likely reason, where no mask holds a pixel of any class."""
     if totals["pixels"].keys() - {"0"}:
         return
     remedy = "; ".join(skipped.lines())
-    if skipped.annotations:
+    if args.masks and remedy:
+        remedy += ". A mask is named like its image; --mask-suffix says what its name has besides"
+    elif skipped.annotations:
         remedy += ". Masks need polygons or RLE, as in COCO's instances files"
-    if totals["crowds"] and not totals["instances"] and crowd != "class":
+    if totals["crowds"] and not totals["instances"] and args.crowd != "class":
         remedy = "all annotations are crowds (iscrowd 1): say --crowd class if they are instances"
     found = "no mask holds a pixel of " + ", ".join(classes[1:9])
     found = found if totals["pixels"] else "no usable image"
-    other = "nothing is labelled so: try other --classes, or for masks --colors (as 255)"
+    other = "nothing is labelled so: try other --classes or, for masks, other --colors (as 255)"
     raise UserError(f"{found}: {remedy or other}")
 
 
@@ -316,7 +320,7 @@ def files_by_stem(folder: Path, suffix: str, without: set) -> dict[str, str]:
         if end.lower() in kinds and stem.endswith(suffix) and folder / name not in without:
             other = found.setdefault(stem.removesuffix(suffix), name)
             if other != name:
-                raise UserError(f"{folder}: {other} and {name} are of one name: move one away")
+                raise UserError(f"{folder}: {other} and {name} have the same name: move one away")
     if not found:
         raise UserError(f"no image files *{suffix} below {folder}: give another folder")
     return found
@@ -395,13 +399,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = common.ArgumentParser(description=__doc__)
     crowds = ["ignore", "class", "background"]
-    group = parser.add_argument_group("input: one of the first three; but for a root, its images")
+    group = parser.add_argument_group("input: one of the first three")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--coco-root", type=Path, help="holds annotation files and images as their tool wrote them")
     add("--annotations", type=Path, nargs="+", metavar="FILE", help="COCO files, any layout")
     add("--masks", type=Path, nargs="+", metavar="DIR", help="index or RGB masks, one per image")
     add = group.add_argument
-    add("--images-dir", type=Path, nargs="+", metavar="DIR", help="images of each, or of all")
+    add("--images-dir", type=Path, nargs="+", metavar="DIR", help="their images: one each, or one")
     add("--split", nargs="+", help="names (default: val2017, else all that are found)")
     add = parser.add_argument_group("masks").add_argument
     add("--out", type=Path, default=Path("data"), help="data directory to write")
@@ -485,14 +489,16 @@ def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dic
 
 
 def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
-    """Which way EXIF goes in each split, "stored" or "upright": as the sizes of its images show, or
-    else those of the other splits, which the same tool has written."""
+    """Which way EXIF goes in each split, "stored" or "upright": as the sizes of its images show; or
+    those of the other splits, which the same tool has written; or upright, as most tools show it.
+    """
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
-        seen = f"note: EXIF turns {total['unclear']} images, and no stated size shows which way was"
-        print(f"{seen} annotated: look at masks_colored, and say --exif upright if they are wrong")
+        seen = f"note: EXIF turns {total['unclear']} images, and their sizes do not show whether it"
+        print(f"{seen} did for the annotator: if masks_colored is wrong, say --exif stored")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
-    return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
+    stored = [s for s in splits if shown[s]["stored"] and not shown[s]["upright"]]
+    return {split: "stored" if split in stored else "upright" for split in splits}
 
 
 def print_notes(totals: dict[str, Counter], classes: list[str], crowd: str) -> None:
@@ -529,14 +535,19 @@ def print_table(rows: list[dict], totals: dict[str, Counter], classes: list[str]
 def main(argv: list[str] | None = None) -> None:
     """Index the annotations, paint the masks, write the manifest, print the table."""
     args = parse_args(argv)
-    pool = start_pool(args.workers) if args.workers > 1 else None
+    with start_pool(args.workers) if args.workers > 1 else nullcontext() as pool:
+        prepare(args, pool)
+
+
+def prepare(args: argparse.Namespace, pool: ProcessPoolExecutor | None) -> None:
+    """`main` with its arguments and the workers."""
     skipped = Skipped(args.strict)
     root, classes, tasks = find_tasks(args, skipped)
     order, colors = paint_order(args.priority, classes), tuple(common.class_colors(len(classes)))
     with replacing(args.out) as folder:
         work = Work(root, folder, colors, order, args.crowd, args.exif, args.check, args.codes)
         rows, totals, exif = prepare_images(tasks, work, pool, skipped)
-        refuse_nothing(totals, classes, args.crowd, skipped)
+        refuse_nothing(totals, classes, args, skipped)
         splits = list(dict.fromkeys(task.split for task in tasks))
         content = {
             "version": common.MANIFEST_VERSION,

@@ -179,7 +179,9 @@ class Run:
         where = f": {best}" if best.exists() else ""
         say(f"best foreground mIoU {100 * max(self.best, 0):.1f}{where}")
         if 0 <= self.best < LITTLE:
-            remedy = "--dice --balance 0.5 --weighted, more --epochs, or another --lr"
+            flags = {"--dice": "dice", "--balance 0.5": "balance", "--weighted": "weighted"}
+            unused = [flag for flag, name in flags.items() if not getattr(self.args, name)]
+            remedy = " ".join([*unused, "with more --epochs, or another --lr"])
             say(f"that is background and little else: try {remedy} (README: Little data)")
 
     def train_one_epoch(self) -> dict[str, float]:
@@ -411,7 +413,8 @@ class Run:
     def restore(self, state: dict) -> None:
         """Put the run where a checkpoint left it. Raises UserError if it cannot go on here."""
         if state["fingerprint"] != self.manifest.fingerprint:
-            raise UserError(f"{self.args.data}: other masks than the run began with: prepare those")
+            other = f"{self.args.data} holds other masks than the run began with"
+            raise UserError(f"{other}: prepare the same again")
         before, now = state["images_per_step"], self.batches.images_per_step
         if before != now:
             product = "--batch-size times --accumulate times processes"
@@ -439,15 +442,16 @@ class Run:
         self.origin = state.get("origin", self.origin)
 
     def catch_signals(self) -> None:
-        """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.
-        Of several ranks the first saves and ends; the others work on with it until it has."""
+        """SIGINT, SIGTERM and a closed terminal ask for a stop after the current step, and a second
+        SIGINT for one at once. Of several ranks the first saves; the others work on until then."""
 
         def note(number: int, _) -> None:
             self.signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN if rank() else note)
+        for number in dataset.SIGNALS:
+            if number.name != "SIGHUP" or signal.getsignal(number) == signal.SIG_DFL:  # nohup
+                signal.signal(number, signal.SIG_IGN if rank() else note)
 
     def check_signal(self) -> None:
         """After a signal save, name the command that goes on, and exit as the shell expects."""
@@ -530,7 +534,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=os.path.abspath, default="data", help="what prepare_masks.py wrote")
     add("--coco-root", type=os.path.abspath, metavar="ROOT", help="where moved images are now")
     add("--val-split", metavar="NAME", help="split that validates, not a fifth of all images")
-    add("--group", metavar="REGEX", help="keep together what it matches alike in the file name")
+    add("--group", metavar="REGEX", help="keep images together whose paths give the same match")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
     add("--oversample", type=int, default=1, metavar="N", help="rare images N times per epoch")
     balanced = "share of the crops that are drawn by class, each around a pixel of it"
@@ -563,7 +567,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
-    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between two last.pt")
+    add(
+        "--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves of last.pt"
+    )
     parser.set_defaults(fresh=None)  # classes that the weights do not know: a Run finds out
     modes = ["auto", "online", "offline", "disabled"]
     add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")
@@ -610,6 +616,8 @@ def resumed(
         parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
     path = Path(args.resume or last)
     path = path / "last.pt" if path.is_dir() else path
+    if not path.exists() and path.with_name("args.json").exists():
+        raise UserError(f"{path.parent} ended before its first checkpoint: start without --resume")
     state = models.load_checkpoint(path, check=check_run)
     if "history" not in state["progress"] or "optimizer" not in state:
         raise UserError(f"{path} holds no optimizer: resume from the last.pt of its run")
@@ -697,7 +705,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.width not in model.WIDTHS:
         parser.error(f"--width: {args.model} takes {model.WIDTHS[0]} to {model.WIDTHS[-1]}")
     if args.weights not in model.STARTS and not is_path(args.weights):
-        parser.error(f"--weights {args.weights}: {args.model} takes {' or '.join(model.STARTS)}")
+        starts = f"{', '.join(model.STARTS)} or a checkpoint"
+        parser.error(f"--weights {args.weights}: {args.model} takes {starts}")
     if args.gamma != 2.0 and not args.focal:
         parser.error("--gamma: only with --focal")
     if args.rare and args.oversample == 1:
