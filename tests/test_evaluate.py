@@ -13,6 +13,7 @@ from PIL import Image
 from test_metric import confusion_of, counts_of
 
 import evaluate as evaluation
+import metrics
 import prepare_masks
 from common import load_manifest
 from dataset import (
@@ -300,3 +301,19 @@ def test_confusions_by_hand():
     entry = report("x.pt", [f"class {n}" for n in range(20)], confusion_of(many), False, "")
     rows = tables([entry])[1][1]
     assert rows[1:3] == [["class 2", "class 9", "100.0"], ["class 7", "class 3", "25.0"]]
+
+
+def test_no_report_takes_the_place_of_an_input(checkpoint, data, tmp_path, refused):
+    before = checkpoint.read_bytes()
+    for flags in (
+        ("--json", checkpoint),
+        ("--html", data / "manifest.json"),
+        ("--json", tmp_path / "x", "--markdown", tmp_path / "x"),
+    ):
+        assert "is an input, or named twice" in refused("evaluate", "--ckpt", checkpoint, *flags)
+    assert checkpoint.read_bytes() == before
+
+
+def test_markdown_of_any_names():
+    table = metrics.as_markdown(("title", [["", "a|b"], ["two\nlines", "1"]]))
+    assert table.splitlines()[2:] == ["|  | a\\|b |", "| --- | ---: |", "| two lines | 1 |"]

@@ -863,11 +863,11 @@ def test_masks_that_cannot_be_used(tmp_path, refuse):
     assert "1 for 2 classes" in refuse(*flags, "--colors", "red")
     assert "not both" in refuse(*flags, "--colors", "red", 7)
     write_mask(mask, np.where(LABELS > 0, np.uint8(255), np.uint8(0)))
-    assert "for masks --colors (as 255)" in refuse(*flags)
+    assert "for masks, other --colors (as 255)" in refuse(*flags)
     write_mask(mask, LABELS[:5])
     assert "no usable image: 1 x image file has another size" in refuse(*flags)
     Image.fromarray(LABELS).save(mask.with_suffix(".jpg"))
-    assert "a.jpg and a.png are of one name" in refuse(*flags)
+    assert "a.jpg and a.png have the same name" in refuse(*flags)
     mask.unlink()
     assert "is a JPEG, which blurs labels" in refuse(*flags)
 
@@ -1180,8 +1180,8 @@ def test_exif_of_a_split_that_shows_nothing_is_that_of_the_others(tmp_path, caps
     assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "upright"}
     assert "note:" not in capsys.readouterr().out
     flags = ("--annotations", paths[1], "--images-dir", tmp_path / "val")
-    assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "stored"}
-    assert "note: EXIF turns 1 images, and no stated size shows" in capsys.readouterr().out
+    assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "upright"}
+    assert "note: EXIF turns 1 images, and their sizes do not show" in capsys.readouterr().out
     prepare(tmp_path, *flags, "--exif", "stored")
     assert "note:" not in capsys.readouterr().out
 
@@ -1191,9 +1191,9 @@ def test_exif_where_no_size_is_stated_is_noted(tmp_path, capsys):
     path = write_json(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg"}], [person(1)])
     flags = ("--annotations", path, "--images-dir", tmp_path / "images")
     manifest, by_name = prepare(tmp_path, *flags)
-    assert (by_name["a.png"]["height"], manifest["exif"]) == (10, {"a": "stored"})
+    assert (by_name["a.png"]["height"], manifest["exif"]) == (12, {"a": "upright"})
     assert "note: EXIF turns 1 images" in capsys.readouterr().out
-    assert prepare(tmp_path, *flags, "--exif", "upright")[1]["a.png"]["height"] == 12
+    assert prepare(tmp_path, *flags, "--exif", "stored")[1]["a.png"]["height"] == 10
 
 
 def test_the_background_of_masks_may_have_any_value(tmp_path, refuse):
@@ -1217,3 +1217,34 @@ def test_the_background_of_masks_may_have_any_value(tmp_path, refuse):
     Image.fromarray(colors[np.minimum(trimap, 2)]).save(tmp_path / "masks" / "a.png")
     values = ("background", "--colors", "red", "0,128,0", "--ignore", "black")
     assert prepare(tmp_path, *flags, *values)[1]["a.png"]["ignored"] == 1
+
+
+def test_erased_pixels_of_masks_are_background_and_smooth_edges_refused(tmp_path, refuse):
+    """GIMP and Photoshop keep the colour of what is erased."""
+    write_image(tmp_path / "images" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    layer = np.full((10, 12, 4), (255, 0, 0, 0), dtype=np.uint8)
+    layer[2:6, 2:6, 3] = 255
+    Image.fromarray(layer).save(tmp_path / "masks" / "a.png")
+    flags = ("--masks", tmp_path / "masks", "--images-dir", tmp_path / "images")
+    flags = (*flags, "--classes", "cat", "--colors", "red")
+    assert prepare(tmp_path, *flags)[1]["a.png"]["pixels"] == {"0": 104, "1": 16}
+    layer[2, 2, 3] = 128
+    Image.fromarray(layer).save(tmp_path / "masks" / "a.png")
+    assert "a.png has half-transparent pixels" in refuse(*flags)
+
+
+def test_masks_that_are_named_otherwise_are_told_of_the_flag(tmp_path, refuse):
+    write_image(tmp_path / "images" / "img_0.jpg")
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (12, 10), 1).save(tmp_path / "masks" / "mask_0.png")
+    flags = ("--masks", tmp_path / "masks", "--images-dir", tmp_path / "images")
+    assert "--mask-suffix says what its name has besides" in refuse(*flags, "--classes", "cat")
+
+
+@pytest.mark.parametrize("flag", ["--classes", "--annotations", "--images-dir", "--split"])
+def test_a_list_that_is_given_twice_is_refused(tmp_path, refuse, flag):
+    """argparse would forget the first one."""
+    path = write_json(tmp_path / "a.json", [image_row(1, "a.jpg")], [person(1)])
+    flags = ("--annotations", path, "--images-dir", tmp_path, "--split", "x", "--classes", "person")
+    assert f"{flag} is given twice: name all after one" in refuse(*flags, flag, "person")

@@ -331,7 +331,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
         "another row leads to the same file, by another name or size": 2,
         "image without a file name": 1,
         "image without an id": 2,
-        "image file has another size than the annotations say": 2,
+        "image file has another size than its annotations or its mask": 2,
     }
     assert counts[1] == {
         "annotation of an unknown image": 2,

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ needs_groups = pytest.mark.skipif(os.name == "nt", reason="Windows knows no proc
 
 
 @needs_groups
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_saves_and_ends_within_seconds(data, tmp_path, number):
     """As `timeout`, torchrun, Slurm and a terminal send it: to the loader processes as well."""
     out = tmp_path / "my run"
@@ -119,6 +120,36 @@ def test_a_closed_pipe_does_not_end_a_training(data, tmp_path):
     assert process.returncode == 0, error
     assert error == ""
     assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_log_on_a_full_disk_does_not_end_a_training(data, tmp_path):
+    with open("/dev/full", "wb") as full:
+        process = start(data, tmp_path / "run", "--epochs", 2, stdout=full)
+        error = process.communicate(timeout=100)[1]
+    assert (process.returncode, error) == (0, "")
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 2
+
+
+@needs_groups
+def test_no_output_at_all_and_a_terminal_that_closes_end_no_training(data, tmp_path):
+    """As of some daemons; and as after nohup, which lets SIGHUP be ignored."""
+    out = tmp_path / "run"
+    line = [sys.executable, SCRIPTS / "train.py", "--data", data, *FLAGS, "--out", out]
+    line = shlex.join(map(str, [*line, "--epochs", 40, "--workers", 1]))
+    process = subprocess.Popen(
+        ["sh", "-c", f"trap '' HUP; exec {line} >&- 2>&-"], start_new_session=True
+    )
+    wait_for(out / "best.pt", process)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=100) == 0
+    assert load_checkpoint(out / "last.pt")["progress"]["epoch"] == 40
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path, refused):
+    (tmp_path / "args.json").write_text("{}")
+    error = refused("train", "--resume", tmp_path / "last.pt")
+    assert f"{tmp_path} ended before its first checkpoint: start without --resume" in error
 
 
 def test_two_runs_into_one_folder(data, tmp_path, refused):
