@@ -146,10 +146,10 @@ def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
 
 def states_nothing(annotation: dict) -> bool:
     """Whether it has neither outline nor extent, by its own account: a point, or a placeholder."""
-    box = annotation.get("bbox")
-    extent = box == [] or (isinstance(box, list) and 0 in box[2:])
+    box, area = annotation.get("bbox"), annotation.get("area")
+    nothing = box == [] or (isinstance(box, list) and 0 in box[2:]) or area is not None
     empty = annotation.get("segmentation") in (None, [], [[]], {}, "")
-    return empty and (extent or whole(annotation.get("area")) == 0)
+    return empty and nothing and whole(area or 0) == 0
 
 
 def _checked_polygon(polygon: object) -> np.ndarray:

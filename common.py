@@ -158,7 +158,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             if sync:
                 file.flush()
                 _sync(file)
-        _replace(temporary, path)
+        rename(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -179,7 +179,7 @@ def _sync(file: BinaryIO) -> None:
         print(f"warning: the disk of {file.name} knows no fsync ({error})", file=sys.stderr)
 
 
-def _replace(temporary: Path, path: Path) -> None:
+def rename(temporary: Path, path: Path) -> None:
     """Rename; retry for a few seconds while a virus scanner or a network drive holds the file."""
     for pause in (0.1, 0.3, 1, 3, None):
         try:
@@ -269,8 +269,8 @@ class ArgumentParser(argparse.ArgumentParser):
         flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
         path = os.path.expanduser(path)
         # A file may be called "a[1].jpg": a name is a pattern only where nothing has it.
-        found = [] if flag or os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        return found or [flag + equals + path]
+        found = [] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        return [*[flag] * bool(flag), *found] if found else [flag + equals + path]
 
 
 def default_workers() -> int:
@@ -330,8 +330,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
             sentence = f"no shared memory is left for loader processes: {remedy}"
         elif re.search(r"MemoryError|can't allocate|out of memory|ALLOC_FAILED", repr(error)):
-            remedy = "lower --size, or --batch-size (in training, raise --accumulate as much)"
-            sentence = f"out of memory: {remedy}"
+            sentence = "out of memory: lower --batch-size, --size or --workers"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
             sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"
         else:

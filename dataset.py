@@ -75,14 +75,21 @@ def split_indices(
 
 
 def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
-    """The group of each image: what the `pattern` matches of its path; or of Roboflow's names, as
-    a_jpg.rf.4f2e.jpg, what stands before the hash of an augmentation; else the image alone."""
+    """The group of each image: what the `pattern` matches in its file name, or else in its path;
+    else of Roboflow's names, as a_jpg.rf.4f2e.jpg, what stands before the hash of an augmentation;
+    else the image alone."""
+    groups, missed, keys = [], 0, manifest.keys(np.arange(len(manifest)))
     try:
-        found = [re.search(pattern or r"[^/]+(?=\.rf\.)", file) for file in manifest.files.tolist()]
+        for (split, id_, name), path in zip(keys, manifest.files.tolist()):
+            match = re.search(pattern, name) or re.search(pattern, path) if pattern else None
+            missed += bool(pattern) and not match
+            match = match or re.search(r".+(?=\.rf\.)", name)
+            groups.append((match and match.group()) or f"{split}/{id_}")
     except re.error as error:
         raise UserError(f"--group {pattern}: {error}; give a regular expression") from None
-    keys = manifest.keys(np.arange(len(manifest)))
-    return [match.group() if match else "/".join(key[:2]) for match, key in zip(found, keys)]
+    if missed:
+        print(f"warning: --group {pattern} matches nothing in the paths of {missed} images")
+    return groups
 
 
 def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndarray) -> np.ndarray:

@@ -211,8 +211,8 @@ def check_running(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 class Subject(NamedTuple):
-    """A checkpoint's path and content, its data, the ascending indices of the images to evaluate it
-    on, and which those are: validation, training or all."""
+    """A checkpoint's path and its content without the tensors, its data, the ascending indices of
+    the images to evaluate it on, and which those are: validation, training or all."""
 
     path: str
     state: dict
@@ -258,7 +258,8 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds no {images} images")
     if not manifest.pixels[held, 1:].any():
         print(f"warning: {path}: its images hold no pixel of any class", file=sys.stderr)
-    return Subject(path, state, manifest, np.flatnonzero(held), images)
+    small = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+    return Subject(path, small, manifest, np.flatnonzero(held), images)
 
 
 def validated(state: dict, manifest: Manifest) -> np.ndarray:
@@ -275,7 +276,7 @@ def load_predictor(
     scale = (args.scale or state.get("scale")) if args.tile else None
     if args.tile and not scale:
         raise UserError("the checkpoint does not say at which scale it was trained: give --scale")
-    trained = state["args"]["amp"]
+    trained = state.get("precision", state["args"]["amp"])
     trained = "off" if trained == "fp16" and device.type == "cpu" else trained
     model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
     dtype = amp_dtype(args.amp or trained, device)
@@ -286,7 +287,7 @@ def load_predictor(
 def evaluate_subject(subject: Subject, args, device: torch.device) -> tuple[dict, np.ndarray]:
     """The JSON entry of a checkpoint, and the (N, 3, C) counts of its images."""
     path, state, manifest, indices, images = subject
-    predictor = load_predictor(state, device, args, args.size)
+    predictor = load_predictor(load_checkpoint(path, mmap=True), device, args, args.size)
     size = None if args.tile else predictor.size
     loader = evaluation_loader(manifest, indices, size, args.batch_size, args.workers)
     confusion = evaluate(predictor, loader, path)
@@ -302,7 +303,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    predictor = load_predictor(subject.state, device, args, args.size)
+    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
     examples = predict_examples(predictor, manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
@@ -313,7 +314,8 @@ def show_subject(
     number: int, subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
 ) -> Shown:
     """A checkpoint's part of the page, of which it is the `number`."""
-    manifest, predictor = subject.manifest, load_predictor(subject.state, device, args, args.size)
+    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
+    manifest = subject.manifest
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
     figures = []
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):
@@ -331,7 +333,7 @@ def origin_table(state: dict, history: list[dict]) -> metrics.Table:
     if history:
         seconds = sum(line.get("seconds", 0) for line in history)
         rows.append(["trained", f"{history[-1]['epoch']} epochs, {seconds:,.0f} s"])
-    arguments = {k: v for k, v in sorted(state["args"].items()) if v not in (None, False)}
+    arguments = {k: v for k, v in sorted(state["args"].items()) if v is not None and v is not False}
     rows.append(["arguments", ", ".join(f"{name} {value}" for name, value in arguments.items())])
     return "How it was trained", rows
 

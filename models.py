@@ -261,7 +261,9 @@ def pick_device(name: str) -> torch.device:
 
 def command_line() -> str:
     """The command that is running, so that it can be typed again."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    here, all_ = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("LOCAL_", ""))
+    launcher = f"torchrun --nnodes {all_ // here} --nproc-per-node {here}" if all_ > 1 else "python"
+    return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
 
 
 def origin(device: torch.device) -> dict[str, str]:
@@ -346,19 +348,27 @@ def check_state(state: dict) -> None:
     _require("size", type(size) is int and 32 <= size <= LARGEST_SIZE)
     _require("width", arguments["width"] in kind.WIDTHS)
     _require("classes", 2 <= len(classes) <= 255 and all(isinstance(c, str) for c in classes))
-    channels = [value for color in state["colors"] for value in color]
-    _require("colors", len(channels) == 3 * len(classes) and set(channels) <= set(range(256)))
+    _require("colors", [len(color) for color in state["colors"]] == [3] * len(classes))
+    _require("colors", {value for color in state["colors"] for value in color} <= {*range(256)})
     parts = [part for key in state["val_ids"] for part in key]
     _require("val_ids", {*map(len, state["val_ids"])} <= {2, 3})
     _require("val_ids", all(isinstance(part, str | int) for part in parts))
+    for name, value in arguments.items():
+        _require(
+            "args", isinstance(name, str) and isinstance(value, str | int | float | list | None)
+        )
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         _require(name, isinstance(arguments.get(name), type_))
     _require("scale", 0 < state.get("scale", 1) <= LARGEST_SIZE)
     for line in state.get("progress", {}).get("history", []):
         numbers = [*map(line["val_iou"].get, classes), line["val_foreground_miou"]]
         numbers += [line["train_loss"], line.get("val_loss"), line["lr"] + 0, line["epoch"] + 0]
+        numbers += [line.get("seconds", 0)]
         _require("history", all(0 <= (number or 0) < math.inf for number in numbers))
-    _require("origin", all(isinstance(words, str) for words in state.get("origin", {}).values()))
+    _require(
+        "origin", all(isinstance(w, str) for item in state.get("origin", {}).items() for w in item)
+    )
+    _require("precision", state.get("precision", "off") in ("off", "bf16", "fp16"))
     with torch.device("meta"):
         network = kind(len(classes), arguments["width"])
     expected = network.state_dict()

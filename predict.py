@@ -28,7 +28,7 @@ import common
 from common import UserError
 from dataset import evaluation_input, padded_size, resized_size
 from evaluate import Predictor, add_running, check_running, load_predictor
-from images import read_image
+from images import orientation, read_image
 from models import load_checkpoint, pick_device
 from report import overlay
 from tiles import best_labels
@@ -75,7 +75,7 @@ def batches(
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
     """The images among `files` in batches of one padded size; names those that it skips. A batch
     is held by whoever takes it alone: one picture may have gigabytes."""
-    stems = {}
+    stems, told = {}, upright
     for first in tqdm(range(0, len(files), batch_size), unit="batch", disable=None):
         chunk, groups = files[first : first + batch_size], defaultdict(list)
         images = pool.map(partial(read, upright=upright), chunk)
@@ -87,6 +87,9 @@ def batches(
                 tqdm.write(f"skipped: {image}", file=sys.stderr)
                 continue
             stems[path.stem.casefold()] = path
+            if not told and orientation(image) != 1:
+                told = f"note: EXIF turns {path}, but it is taken as stored, as in the training"
+                tqdm.write(f"{told}: say --exif upright for what a viewer shows", file=sys.stderr)
             groups[padded_size(image.height, image.width, size)].append((path, image))
         del image
         while groups:

@@ -162,7 +162,7 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
     except Exception:  # a damaged file can make Pillow raise anything
         raise Unusable("image file is not readable") from None
     turned = size[::-1] if turns >= 5 else size
-    upright = stated == turned if all(stated) else work.exif != "stored"
+    upright = stated == turned if all(stated) else work.exif == "upright"
     exif = "unclear" if turned == size or not all(stated) else "upright" if upright else "stored"
     size = turned if upright else size
     if all(stated) and size != stated:
@@ -302,11 +302,11 @@ def replacing(out: Path) -> Iterator[Path]:
             moves += [(work / name, out / name) for name in reversed(names)]
             try:
                 for source, target in moves:
-                    os.rename(source, target)
+                    common.rename(source, target)
             except BaseException:  # as where a folder of Windows holds an open file
                 for source, target in reversed(moves):
                     if not source.exists():
-                        os.rename(target, source)
+                        common.rename(target, source)
                 raise
         finally:
             shutil.rmtree(out if new and not manifest.exists() else work, ignore_errors=True)
@@ -489,16 +489,14 @@ def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dic
 
 
 def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
-    """Which way EXIF goes in each split, "stored" or "upright": as the sizes of its images show; or
-    those of the other splits, which the same tool has written; or upright, as most tools show it.
-    """
+    """Which way EXIF goes in each split, "stored" or "upright": as the sizes of its images show, or
+    else those of the other splits, which the same tool has written; or else as COCO, "stored"."""
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
         seen = f"note: EXIF turns {total['unclear']} images, and their sizes do not show whether it"
-        print(f"{seen} did for the annotator: if masks_colored is wrong, say --exif stored")
+        print(f"{seen} did for the annotator: if masks_colored is wrong, say --exif upright")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
-    stored = [s for s in splits if shown[s]["stored"] and not shown[s]["upright"]]
-    return {split: "stored" if split in stored else "upright" for split in splits}
+    return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
 
 
 def print_notes(totals: dict[str, Counter], classes: list[str], crowd: str) -> None:

@@ -140,7 +140,11 @@ def _bar(value: float | None, interval: list[float] | None, won: bool) -> tuple[
 def _heat(entry: dict) -> str:
     """The confusion matrix, the darker the larger a share of the true class; if large, a list."""
     title, (head, *rows) = metrics.confusion_table(entry)
-    if len(entry["classes"]) > metrics.MATRIX_LABELS:
+    classes, confusion = entry["classes"], entry["confusion"]
+    if len(classes) > metrics.MATRIX_LABELS:
+        for row in rows:
+            count = confusion[classes.index(row[0])][classes.index(row[1])]
+            row[2] = (f' title="{count:,} pixels"', row[2])
         return _table((title, [head, *rows]), "wide")
     for (truth, *cells), counts, row in zip(rows, entry["confusion"], rows):
         for column, (cell, count) in enumerate(zip(cells, counts), start=1):
@@ -313,12 +317,14 @@ def _strip(example: Example, colors: list) -> Image.Image:
 
 def _legend(classes: list[str], colors: list) -> Image.Image:
     keys, font = _keys(classes, colors), ImageFont.load_default(15)
-    legend = Image.new("RGB", (WIDTH, 26 * math.ceil(len(keys) / KEYS) + 24), "white")
+    widest = 33 + max(font.getlength(name) for name, _ in keys)
+    columns = max(1, min(KEYS, int(WIDTH / widest)))
+    legend = Image.new("RGB", (WIDTH, 26 * math.ceil(len(keys) / columns) + 24), "white")
     draw = ImageDraw.Draw(legend)
     for number, (name, color) in enumerate(keys):
-        x, y = number % KEYS * WIDTH // KEYS + 6, number // KEYS * 26 + 6
+        x, y = number % columns * WIDTH // columns + 6, number // columns * 26 + 6
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(color), outline="black")
-        draw.text((x + 21, y), name[:18], "black", font)
+        draw.text((x + 21, y), name, "black", font)
     for column, title in enumerate(TITLES):
         x = column * (PANEL + GAP) + (PANEL - font.getlength(title)) / 2
         draw.text((x, legend.height - 20), title, "black", font)

@@ -51,6 +51,7 @@ LOGGED_IMAGES = 4
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
 FREE_ARGUMENTS |= {"amp", "save_every", "wandb", "out", "resume", "coco_root", "lr"}
 WANDB_LIMITS = {"init_timeout": 60, "finish_timeout": 180, "finish_timeout_raises": True}
+PRECISIONS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PROGRESS = ("epoch", "batch", "step", "best", "history")  # of a Run, in its checkpoints
 
 
@@ -208,7 +209,8 @@ class Run:
                 bar.update()
                 if self.batch == first + TIMED and self.device.type == "cpu":
                     self.tell_duration((time.perf_counter() - started) / TIMED)
-                if self.batch % LOG_EVERY == 0:
+                silent = bar.disable and time.monotonic() - self.told > TELL_EVERY
+                if self.batch % LOG_EVERY == 0 or silent:
                     self.tell_loss(bar, time.perf_counter() - started, self.batch - first)
                 self.check_signal()
                 if time.perf_counter() - saved >= 60 * args.save_every:
@@ -401,6 +403,7 @@ class Run:
             "wandb_id": self.wandb_id,
             "launch": distributed.launch(),
             "origin": self.origin,
+            "precision": PRECISIONS[self.dtype],
         }
         if name == "last.pt":
             state["optimizer"] = self.optimizer.state_dict()
@@ -439,7 +442,8 @@ class Run:
         self.loss_sum += state["progress"]["loss_sum"]
         self.started = -state["progress"].get("seconds", 0)
         self.checked_step, self.wandb_id = self.step, state["wandb_id"]
-        self.origin = state.get("origin", self.origin)
+        began = state.get("origin", self.origin)
+        self.origin = began | {"command": f"{began['command']}; {self.origin['command']}"}
 
     def catch_signals(self) -> None:
         """SIGINT, SIGTERM and a closed terminal ask for a stop after the current step, and a second
@@ -460,6 +464,8 @@ class Run:
         self.save("last.pt")
         dataset.end_workers()
         command = f"python train.py --resume {shlex.quote(str(self.out / 'last.pt'))}"
+        if world() > 1:
+            command = f"the same torchrun command, but of it {command.removeprefix('python ')}"
         say(f"\n{signal.Signals(self.signal).name}: saved. Go on with: {command}")
         if self.wandb:
             self.try_wandb(self.wandb.finish)
@@ -673,10 +679,14 @@ def refuse_taken(last: Path) -> None:
 def default_out(args: argparse.Namespace) -> str:
     """runs/<model, loss, and what else makes a run another one>."""
     values, defaults = vars(args), vars(build_parser().parse_args([]))
-    parts = [str(args.model), *(n for n in ("weighted", "focal", "dice") if values[n])]
-    for name in ("oversample", "balance", "size", "width", "lr", "seed"):
+    switches = ("weighted", "focal", "dice", "freeze_norm", "freeze_backbone")
+    parts = [str(args.model), *(name.replace("_", "-") for name in switches if values[name])]
+    if args.weights:
+        parts.append(Path(args.weights).parent.name if is_path(args.weights) else args.weights)
+    numbers = ("oversample", "balance", "gamma", "size", "width", "batch_size", "lr", "head_lr")
+    for name in (*numbers, "seed"):
         if values[name] != defaults[name]:
-            parts.append(f"{name}{values[name]}")
+            parts.append(f"{name.replace('_', '-')}{values[name]}")
     return str(Path("runs", "-".join(parts)))
 
 
@@ -697,7 +707,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name, value in {"--head-lr": args.head_lr, "--freeze-norm": args.freeze_norm}.items():
         if value and args.weights == "none":
             parser.error(f"{name}: only with --weights, other than none")
-    if args.freeze_backbone and (args.model != "deeplab" or args.weights == "none"):
+    if args.freeze_backbone and ("imagenet" not in model.STARTS or args.weights == "none"):
         parser.error("--freeze-backbone: only for --model deeplab, with --weights")
     frozen = args.freeze_norm and args.weights != "imagenet"
     if args.batch_size < model.SMALLEST_BATCH and not frozen:
@@ -734,6 +744,10 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 run.fit()
             except RuntimeError as error:
+                if "out of memory" in str(error):
+                    used = f"{args.model}, --size {args.size} and --batch-size {args.batch_size}"
+                    remedy = "lower --size, or lower --batch-size and raise --accumulate as much"
+                    raise UserError(f"out of memory with {used}: {remedy}") from None
                 if not args.compile or not re.search(r"C(\+\+)? compiler", str(error)):
                     raise
                 remedy = "install one (gcc and g++), or say --no-compile"

@@ -528,3 +528,17 @@ def test_names_that_are_no_unicode_can_be_split(data):
     after = split_indices(replace(manifest, ids=ids.astype(np.str_)), 0, None)
     moved = set(before[1]) ^ set(after[1])
     assert moved <= {0} or len(moved) == 2  # it, and at most the one that makes room for it
+
+
+def test_groups_are_matched_in_names_then_paths_and_what_is_missed_is_said(data, capsys):
+    manifest = load_manifest(data)
+    files = ["train/07_1.jpg", "val/07_2.jpg", "v8/1.jpg", "x/a_jpg.rf.1f.jpg", "y/a_jpg.rf.2e.jpg"]
+    manifest = replace(manifest, **{
+        name: getattr(manifest, name)[: len(files)] for name in ("ids", "splits", "sizes", "pixels")
+    }, files=np.array(files))  # fmt: skip
+    groups = dataset.image_groups(manifest, r"^\d+(?=_)|^v\d")
+    assert groups == ["07", "07", "v8", "a_jpg", "a_jpg"]
+    assert "matches nothing in the paths of 2 images" in capsys.readouterr().out
+    alone = dataset.image_groups(manifest, None)
+    assert (len(set(alone)), alone[3:]) == (4, ["a_jpg", "a_jpg"])
+    assert dataset.image_groups(manifest, "^q*")[:3] == alone[:3]  # no empty match for all

@@ -1135,13 +1135,13 @@ def test_categories_without_a_name_stay_apart(tmp_path):
 def test_an_annotation_of_nothing_costs_no_image(tmp_path, empty):
     _, by_name = one_file(tmp_path, [image_row(1, "a.jpg")], [person(1), person(1, **empty)])
     assert by_name["a.png"]["pixels"] == {"0": 104, "1": 16}
-    empty = {"segmentation": [], "area": 4}  # somewhere is something
-    _, by_name = one_file(
-        tmp_path,
-        [image_row(1, "a.jpg"), image_row(2, "b.jpg")],
-        [person(1), person(1, **empty), person(2)],
-    )
-    assert list(by_name) == ["b.png"]
+    for box in ({}, {"bbox": []}, {"bbox": [5, 5, 3, 0]}):  # somewhere is something
+        _, by_name = one_file(
+            tmp_path,
+            [image_row(1, "a.jpg"), image_row(2, "b.jpg")],
+            [person(1), person(1, segmentation=[], area=4, **box), person(2)],
+        )
+        assert list(by_name) == ["b.png"]
 
 
 def test_a_damaged_ring_never_becomes_background(tmp_path):
@@ -1180,7 +1180,7 @@ def test_exif_of_a_split_that_shows_nothing_is_that_of_the_others(tmp_path, caps
     assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "upright"}
     assert "note:" not in capsys.readouterr().out
     flags = ("--annotations", paths[1], "--images-dir", tmp_path / "val")
-    assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "upright"}
+    assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "stored"}
     assert "note: EXIF turns 1 images, and their sizes do not show" in capsys.readouterr().out
     prepare(tmp_path, *flags, "--exif", "stored")
     assert "note:" not in capsys.readouterr().out
@@ -1191,9 +1191,9 @@ def test_exif_where_no_size_is_stated_is_noted(tmp_path, capsys):
     path = write_json(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg"}], [person(1)])
     flags = ("--annotations", path, "--images-dir", tmp_path / "images")
     manifest, by_name = prepare(tmp_path, *flags)
-    assert (by_name["a.png"]["height"], manifest["exif"]) == (12, {"a": "upright"})
+    assert (by_name["a.png"]["height"], manifest["exif"]) == (10, {"a": "stored"})
     assert "note: EXIF turns 1 images" in capsys.readouterr().out
-    assert prepare(tmp_path, *flags, "--exif", "stored")[1]["a.png"]["height"] == 10
+    assert prepare(tmp_path, *flags, "--exif", "upright")[1]["a.png"]["height"] == 12
 
 
 def test_the_background_of_masks_may_have_any_value(tmp_path, refuse):

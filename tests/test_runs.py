@@ -262,11 +262,12 @@ def test_best_holds_no_more_than_evaluation_needs(checkpoint):
 
 def test_the_default_name_tells_runs_apart():
     names = set()
-    for flags in ([], ["--lr", "0.01"], ["--seed", "1"], ["--width", "8"], ["--size", "64"]):
-        args = train.build_parser().parse_args(["--model", "unet", *flags])
-        names.add(train.default_out(args))
+    flags = "lr 0.01,seed 1,width 8,size 64,gamma 1,gamma 3,batch-size 4,weights a/best.pt"
+    for flag in ("", *flags.split(","), "freeze-norm"):
+        line = f"--model unet --{flag}" if flag else "--model unet"
+        names.add(train.default_out(train.build_parser().parse_args(line.split())))
     assert str(Path("runs", "unet")) in names
-    assert len(names) == 5
+    assert len(names) == 10
 
 
 def test_a_restart_goes_on_with_its_own_run_only(data, tmp_path, monkeypatch, refused):
@@ -585,6 +586,9 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
     args = evaluate.build_parser().parse_args(line)
     state = load_checkpoint(out / "last.pt")
     assert evaluate.load_predictor(state, cpu, args).dtype == torch.bfloat16
+    for stored, dtype in (("bf16", torch.bfloat16), ("off", None)):  # whatever "auto" is here
+        state["args"]["amp"], state["precision"] = "auto", stored
+        assert evaluate.load_predictor(state, cpu, args).dtype == dtype
     args.amp = "off"
     predictor = evaluate.load_predictor(state, cpu, args, 48)
     assert (predictor.dtype, predictor.size) == (None, 48)
@@ -609,6 +613,12 @@ MUTATED = [  # each once ended in a traceback, a crash of the interpreter or 10^
     (["args", "data"], 3),
     (["args", "group"], 3.5),
     (["args", "fresh"], [3.5]),
+    (["args", 3], 3),
+    (["args", "out"], torch.zeros(3)),
+    (["origin"], {1: "x"}),
+    (["colors"], [[0, 0], [0, 0, 0, 0], [0] * 3, [0] * 3, [0] * 3]),
+    (["precision"], "int4"),
+    (["progress", "history", 0, "seconds"], "abc"),
     (["progress", "step"], 10**9),
     (["progress", "epoch"], -1),
     (["progress", "history"], [torch.zeros(1)]),
