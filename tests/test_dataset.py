@@ -49,7 +49,7 @@ def fake_manifest(pixels):
     classes = ["background", "person", "car", "bus"]
     files = np.array([f"{id_}.jpg" for id_ in ids])
     fake = Fake(data="data", classes=classes, pixels=pixels, ids=ids, splits=splits, files=files)
-    fake.keys = lambda rows: [[str(fake.splits[row]), str(fake.ids[row])] for row in rows]
+    fake.keys = lambda rows: [[str(fake.splits[r]), str(fake.ids[r]), fake.files[r]] for r in rows]
     return fake
 
 
