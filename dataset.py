@@ -6,8 +6,8 @@
     loader = training_loader(manifest, batches, size=512, workers=4)
     for images, masks in loader: ...
 
-An index is a row of the manifest. Nothing here depends on global random state: the order of an
-epoch is a function of (seed, epoch), an image's augmentation of (seed, epoch, position in it).
+An index is a row of the manifest. Nothing depends on global random state: the order of an epoch is
+a function of (seed, epoch), the augmentation of an image of (seed, epoch, its position in it).
 """
 
 import atexit
@@ -51,10 +51,10 @@ def split_indices(
 ) -> tuple[np.ndarray, ...]:
     """Indices that train and indices that validate: disjoint, together all of them.
 
-    With `val_split` that split validates and the others train. Without, a fifth of the groups of
-    `image_groups`, stratified: they are sorted by the rarest class they hold, each such stratum is
-    put in the order of a hash of the seed and the group, and its first part validates. So the
-    outcome depends on the seed and the images alone. Raises UserError if either side were empty.
+    With `val_split`, that split validates and the others train. Otherwise a fifth of the groups of
+    `image_groups` validates, stratified: groups are sorted by the rarest class they hold, each such
+    stratum is ordered by a hash of seed and group, and its first part validates. So the outcome
+    depends only on the seed and the images. Raises UserError if either side would be empty.
     """
     names, groups = np.unique(image_groups(manifest, group), return_inverse=True)
     if val_split:
@@ -75,9 +75,9 @@ def split_indices(
 
 
 def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
-    """The group of each image: what the `pattern` matches in its file name, or else in its path;
-    else of Roboflow's names, as a_jpg.rf.4f2e.jpg, what stands before the hash of an augmentation;
-    else the image alone."""
+    """The group of each image: what the `pattern` matches in its file name, or else in its path. If
+    nothing matches, the image is alone, but Roboflow's augmented copies, as a_jpg.rf.4f2e.jpg, are
+    grouped by what precedes the hash."""
     groups, missed, keys = [], 0, manifest.keys(np.arange(len(manifest)))
     try:
         for (split, id_, name), path in zip(keys, manifest.files.tolist()):
@@ -108,7 +108,8 @@ def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndar
 
 
 def rare_classes(manifest: Manifest, indices: np.ndarray, chosen: list[str] | None) -> list[str]:
-    """The `chosen` classes (or UserError), else those that some but under 5% of the images hold."""
+    """The `chosen` classes (or UserError), by default those that fewer than 5% of the images
+    hold."""
     for name in chosen or []:
         if name not in manifest.classes[1:]:
             raise UserError(f"--rare {name}: choose from {', '.join(manifest.classes[1:])}")
@@ -119,22 +120,23 @@ def rare_classes(manifest: Manifest, indices: np.ndarray, chosen: list[str] | No
 
 
 def oversample(manifest: Manifest, indices: np.ndarray, rare: list[str], factor: int) -> np.ndarray:
-    """`indices`, with those of images that hold a class of `rare` repeated `factor` times."""
+    """`indices`, where those of images that hold a class of `rare` are repeated `factor` times."""
     labels = [manifest.classes.index(name) for name in rare]
     holds_any = (manifest.pixels[indices][:, labels] > 0).any(axis=1)
     return np.repeat(indices, np.where(holds_any, factor, 1))
 
 
 def holders(manifest: Manifest, indices: np.ndarray) -> dict[int, np.ndarray]:
-    """Of each label of the foreground that is there: which of the `indices` hold it, each once."""
+    """{label: those of the `indices` that hold it, each once} for each foreground label that
+    occurs."""
     indices = np.unique(indices)
     found = {c: indices[manifest.pixels[indices, c] > 0] for c in range(1, len(manifest.classes))}
     return {label: images for label, images in found.items() if len(images)}
 
 
 def drawn_pixels(manifest: Manifest, indices: np.ndarray, share: float) -> np.ndarray:
-    """(C,) pixels of each class in as many images as there are indices, if a `share` of them is
-    drawn by class, as `EpochBatches` does."""
+    """(C,) expected pixels of each class in one epoch, if a `share` of its images is drawn by
+    class, as `EpochBatches` does."""
     pixels, groups = manifest.pixels[indices].sum(axis=0), holders(manifest, indices).values()
     if not share or not groups:
         return pixels
@@ -145,10 +147,10 @@ def drawn_pixels(manifest: Manifest, indices: np.ndarray, share: float) -> np.nd
 def crop_box(
     height: int, width: int, rng: np.random.Generator, center: tuple[int, int] | None = None
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop: a quarter to all of the area, sides 3:4 to 4:3;
-    around the pixel at `center`, as far as the image allows.
+    """Top, left, height and width of a random crop: a quarter to all of the area, sides 3:4 to 4:3,
+    centred on the pixel at `center` as far as the image allows.
 
-    Source: Szegedy et al. 2015, section 6; here a crop that is too high or too wide shrinks until
+    Source: Szegedy et al. 2015, section 6; here a crop that is too high or too wide is shrunk until
     it fits.
     """
     area = height * width * rng.uniform(0.25, 1)
@@ -163,8 +165,8 @@ def crop_box(
 
 
 def decoder_scale(box: tuple[int, int, int, int], size: int) -> int:
-    """By how much a JPEG may be made smaller while it is decoded: 1, 2, 4 or 8, so that a crop has
-    `size` pixels or more to each side."""
+    """The factor by which a JPEG may be shrunk while it is decoded: 1, 2, 4 or 8, so that the crop
+    still has at least `size` pixels per side."""
     return max(scale for scale in (1, 2, 4, 8) if scale == 1 or min(box[2:]) >= scale * size)
 
 
@@ -173,9 +175,9 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """(3, h, w) and (H, W) uint8 -> (3, size, size) and (size, size): crop, flip, colour jitter.
 
-    The box counts pixels of the mask; the image may be smaller by a `decoder_scale`. The mask is
-    sampled at pixel centres; torchvision's own transform takes the top-left neighbour, which shifts
-    it against the image by up to half a pixel.
+    The box is in pixels of the mask; the image may be smaller by a `decoder_scale`. The mask is
+    sampled at pixel centres. torchvision's own transform takes the top-left neighbour, which shifts
+    the mask against the image by up to half a pixel.
     """
     scale = round(mask.shape[1] / image.shape[2])
     top, left, height, width = (side - side % scale for side in box)
@@ -193,11 +195,12 @@ def augment(
 def jitter(
     image: Tensor, brightness: float, contrast: float, saturation: float, hue: float
 ) -> Tensor:
-    """(3, H, W) uint8 in other colours: factors, 1 for none, and the hue in turns, 0 for none.
+    """(3, H, W) uint8 with other colours: three factors, where 1 changes nothing, and a shift of
+    the hue in turns, where 0 changes nothing.
 
-    All four are one affine map of RGB, in one pass over the pixels. Contrast is taken around the
-    mean luma. In YIQ, saturation stretches the plane of I and Q, and hue rotates it: the luma is
-    kept, which the hue of HSV, as in torchvision, changes.
+    All four are one affine map of RGB, in one pass over the pixels. Contrast is relative to the
+    mean luma. In YIQ, saturation scales the plane of I and Q, and hue rotates it: unlike the hue of
+    HSV, which torchvision uses, it keeps the luma.
     """
     cosine, sine = (saturation * f(2 * math.pi * hue) for f in (math.cos, math.sin))
     plane = np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
@@ -214,10 +217,11 @@ def jitter(
 def resized_size(
     height: int, width: int, size: int, lower: Callable = min, higher: Callable = max
 ) -> tuple[int, int]:
-    """Height and width with the shorter side at `size`, aspect kept, the longer at most doubled.
+    """Height and width with the shorter side at `size`, the same aspect, and the longer side at
+    most twice `size`.
 
-    Training crops show a 4:3 image between 0.87 and 1.73 times this scale, so objects are evaluated
-    at sizes that were trained; with the longer side at `size` they would be smaller than in any.
+    Training crops show a 4:3 image at 0.87 to 1.73 times this scale, so objects are evaluated at
+    sizes that were trained. With the longer side at `size` they would be smaller than any of these.
     """
     short, long = lower(height, width), higher(height, width)
 
@@ -229,14 +233,14 @@ def resized_size(
 
 
 def padded_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """`resized_size` rounded up to multiples of `PAD_MULTIPLE`: the shape that the model sees."""
+    """`resized_size` rounded up to multiples of `PAD_MULTIPLE`: the shape that the network gets."""
     h, w = resized_size(height, width, size)
     return -(-h // PAD_MULTIPLE) * PAD_MULTIPLE, -(-w // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def evaluation_input(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, h, w) uint8 of `padded_size`, padded right and below with the mean
-    colour; the logits of the padding are cut off before they are compared."""
+    """(3, H, W) uint8 -> (3, h, w) uint8 of `padded_size`, padded on the right and below with the
+    mean colour. The logits of the padding are cut off before the evaluation."""
     h, w = resized_size(*image.shape[-2:], size)
     padded_h, padded_w = padded_size(*image.shape[-2:], size)
     image = F.resize(image, [h, w], antialias=True)
@@ -246,7 +250,7 @@ def evaluation_input(image: Tensor, size: int) -> Tensor:
 def normalize(images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 -> float32 with ImageNet mean 0 and deviation 1, channels last.
 
-    Called on the device: a byte per channel crosses the bus, and the arithmetic is the GPU's.
+    Called on the device: one byte per channel crosses the bus, and the GPU does the arithmetic.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     # full() per channel, not torch.tensor(...), which would copy from the host at each call.
@@ -256,8 +260,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
-    """Image (3, H, W) uint8, as much smaller by `scale` as its decoder can make it. Raises
-    UserError."""
+    """Image (3, H, W) uint8, shrunk by `scale` if its decoder can do that. Raises UserError."""
     path, upright = manifest.root / manifest.files[index], bool(manifest.upright[index])
     image = read_image(path, tuple(manifest.sizes[index].tolist()), upright, scale)
     return F.pil_to_tensor(image)
@@ -280,9 +283,9 @@ class EpochBatches(Sampler):
     come first in the next, since batch norm cannot use a single image. `set_epoch` chooses the
     epoch, and the step to start from when a run is resumed inside one.
 
-    A share `balance` of the positions takes, instead of the image that it would have had, one that
-    is drawn uniformly from those of a label, which is drawn uniformly from `holders`. (nnU-Net,
-    Isensee et al. 2021, forces a third of its patches onto the foreground.)
+    At a share `balance` of the positions, the image is replaced: a label is drawn uniformly from
+    `holders`, then an image uniformly from those that hold it. (nnU-Net, Isensee et al. 2021,
+    forces a third of its patches onto the foreground.)
     """
 
     def __init__(
@@ -331,9 +334,9 @@ class EpochBatches(Sampler):
 
 
 class TrainingSet(Dataset):
-    """Augmented crops: image (3, size, size), mask (size, size), uint8. Keys are (epoch, position,
-    index, label), all that a crop depends on: it is around a pixel of the label, unless that is 0.
-    """
+    """Augmented crops: image (3, size, size), mask (size, size), uint8. A key is (epoch, position,
+    index, label), all that a crop depends on. It is centred on a pixel of the label, unless that is
+    0."""
 
     def __init__(self, manifest: Manifest, size: int, seed: int):
         self.manifest, self.size, self.seed = manifest, size, seed
@@ -350,8 +353,8 @@ class TrainingSet(Dataset):
 
 
 class EvaluationSet(Dataset):
-    """Whole images. Item: image (3, h, w) at evaluation size, mask (H, W) at native size, index.
-    Without a size, the image is at native size too."""
+    """Whole images. An item is the image (3, h, w) at evaluation size, its mask (H, W) at native
+    size and its index. Without a size, the image too is at native size."""
 
     def __init__(self, manifest: Manifest, size: int | None):
         self.manifest, self.size = manifest, size
@@ -372,9 +375,9 @@ def evaluation_loader(
 ) -> DataLoader:
     """Batches of images (N, 3, h, w), masks (N, H, W) padded with 255, and indices (a list).
 
-    A batch holds images of one padded shape, so what surrounds an image, and with it its logits,
-    does not depend on the images beside it. Every image comes exactly once. Without a size each
-    comes alone, at its native size.
+    All images of a batch have the same padded shape, so the padding of an image, and with it its
+    logits, does not depend on the other images. Every image comes exactly once. Without a size,
+    each image is a batch of its own, at its native size.
     """
     groups, batches = defaultdict(list), []
     for index in indices.tolist():
@@ -400,7 +403,7 @@ def _pad_masks(items: list) -> tuple[Tensor, Tensor, list[int]]:
 
 
 class Loader(DataLoader):
-    """Processes that no signal reaches: the parent alone decides what to do about it."""
+    """A loader whose processes ignore signals: only the parent decides what to do about them."""
 
     def __iter__(self) -> Iterator:
         masks = hasattr(signal, "pthread_sigmask")  # not on Windows
@@ -435,7 +438,7 @@ def _start_worker(_: int) -> None:
 
 
 def end_workers() -> None:
-    """Kill all loader processes, which ignore polite requests; torch would wait for them."""
+    """Kill all loader processes. They ignore polite requests, and torch would wait for them."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
     for process in multiprocessing.active_children():

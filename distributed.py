@@ -1,8 +1,8 @@
-"""The processes that torchrun starts, one per GPU: who is who, and sums over all of them.
+"""The processes that torchrun starts, one per GPU: which is which, and sums over all of them.
 
     torchrun --nproc-per-node 8 train.py --model deeplab
 
-Without torchrun there is one process, rank 0 of 1, and nothing here does anything.
+Without torchrun there is one process, rank 0 of 1, and nothing here has any effect.
 """
 
 import atexit
@@ -37,24 +37,24 @@ def world() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group for the time of the context, in which only rank 0 prints. Of ranks
-    that fail the first one tells: the others then lose a connection, which is no news."""
+    """Join the process group for the duration of the context, in which only rank 0 prints. If ranks
+    fail, only the first one says why: the others merely lose the connection to it."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    # After a restart two may wait for each other, and neither gives up; torchrun then tries again.
+    # After a restart two processes may wait for each other forever: give up, and torchrun retries.
     limit = threading.Timer(RENDEZVOUS, _give_up)
     limit.daemon = True
     limit.start()
     store, number, count = next(dist.rendezvous("env://"))
-    # Addresses that dead processes have left in torchrun's store must not be found.
+    # Addresses that dead processes left in torchrun's store must not be found.
     store = dist.PrefixStore(_common_name(store, number, count), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     if store.add("joined", 1) == count:
         store.set("all", "joined")
-    store.wait(["all"])  # none may end, as --help does, while another still connects to it
+    store.wait(["all"])  # none may exit, as after --help, while another still connects to it
     limit.cancel()
     try:
         with open(os.devnull, "w") as null:
@@ -70,7 +70,7 @@ def process_group() -> Iterator[None]:
         if store.add("failed", 1) > 1:
             sys.exit(2)
         if isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE):
-            # gloo knows no more than that; nccl may have a reason of its own
+            # gloo knows no more than this; nccl may have its own reason
             reason = "" if "gloo" in str(error) else f", or {str(error).strip().splitlines()[-1]}"
             died = f"another of torchrun's processes has died: it says which{reason}"
             raise UserError(died) from None
@@ -79,8 +79,8 @@ def process_group() -> Iterator[None]:
 
 
 def _common_name(store: dist.Store, number: int, count: int) -> str:
-    """A name that the processes of this start share, and none of an earlier one: of two machines
-    each counts its own restarts. Each rank asks under a name of its own, which rank 0 answers."""
+    """A name that all processes of this start share, and no earlier start had. (A count of restarts
+    would not do, since each machine counts its own.) Each rank asks rank 0 under a fresh name."""
     name = uuid.uuid4().hex
     if number:
         store.set(f"ask/{number}", name)
@@ -97,7 +97,7 @@ def _common_name(store: dist.Store, number: int, count: int) -> str:
 
 
 def _leave(code: int) -> None:
-    """End at once: nccl would wait for the other processes, which wait for this one."""
+    """Exit at once: nccl would wait for the other processes, and they for this one."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
@@ -109,7 +109,7 @@ def _give_up() -> None:
 
 
 def _follow(launcher: int) -> None:
-    """End with the launcher, whatever has killed it: nobody else would end this process."""
+    """Exit when the launcher dies, whatever killed it: nobody else would end this process."""
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(1)
@@ -142,7 +142,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def agreed(value: bool) -> bool:
-    """What rank 0 says."""
+    """The value of rank 0, on all ranks."""
     if world() > 1:
         dist.broadcast(told := torch.tensor(value), 0)
         return bool(told)
@@ -150,8 +150,8 @@ def agreed(value: bool) -> bool:
 
 
 def launch() -> str | None:
-    """What tells this torchrun from every other; None without one. On several machines only an id
-    that was given does."""
+    """An identifier of this torchrun; None without one. On several machines only an id that the
+    user gave is the same on all of them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     name = os.environ["TORCHELASTIC_RUN_ID"]
@@ -159,7 +159,7 @@ def launch() -> str | None:
 
 
 def gather(mine: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, ...) tensor out of its parts: rank r holds rows r, r + world, ... of it."""
+    """(count, ...) tensor from its parts: rank r has rows r, r + world, ..."""
     if world() == 1:
         return mine
     whole = torch.zeros(count, *mine.shape[1:], dtype=mine.dtype, device=mine.device)

@@ -1,10 +1,10 @@
-"""A checkpoint as one file that takes a picture and gives labels, without these scripts.
+"""Export a checkpoint as one file that maps pictures to labels, without these scripts.
 
     python export.py --ckpt runs/unet/best.pt --out model.pt2
     python export.py --ckpt runs/unet/best.pt --out model.onnx
 
-Takes "images", (N, 3, H, W) uint8 RGB of any size, and gives (N, H, W) uint8 labels, as predict.py
-does, in float32: all between is inside. The classes' names and colours are in its metadata.json.
+It takes "images", (N, 3, H, W) uint8 RGB of any size, and returns (N, H, W) uint8 labels, those of
+predict.py in float32: all steps between are inside. Class names and colours are in metadata.json.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from models import load_checkpoint, model_from_checkpoint
 
 
 class Labels(nn.Module):
-    """(N, 3, H, W) uint8 pictures to (N, H, W) uint8 labels, with a height and a width that
-    torch.export can leave open: with nothing that depends on whether there is any padding."""
+    """(N, 3, H, W) uint8 pictures to (N, H, W) uint8 labels. Nothing depends on whether there is
+    any padding, so that torch.export can leave height and width open."""
 
     def __init__(self, model: nn.Module, size: int):
         super().__init__()
@@ -36,7 +36,7 @@ class Labels(nn.Module):
         height, width = images.shape[-2:]
         h, w = resized_size(height, width, self.size, torch.sym_min, torch.sym_max)
         x = images.float()
-        for size in ((height, w), (h, w)):  # rounded after each axis, as torchvision's uint8 are
+        for size in ((height, w), (h, w)):  # rounded after each axis, as torchvision does in uint8
             x = (F.interpolate(x, size=size, mode="bilinear", antialias=True) + 0.5).floor()
         padded = ((n + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE for n in (h, w))
         rows, columns = map(torch.arange, padded)
@@ -47,8 +47,8 @@ class Labels(nn.Module):
 
 
 def exported(state: dict, suffix: str) -> bytes:
-    """The content of a file of that suffix, ".pt2" or ".onnx", from a checkpoint. Raises UserError
-    if a package is missing."""
+    """The content of a file with that suffix, ".pt2" or ".onnx". Raises UserError if a package is
+    missing."""
     model = Labels(model_from_checkpoint(state, torch.device("cpu")), state["args"]["size"])
     metadata = json.dumps({key: state[key] for key in ("classes", "colors")})
     example = (torch.zeros(2, 3, 150, 201, dtype=torch.uint8),)

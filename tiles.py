@@ -2,10 +2,10 @@
 
     labels, _ = tiled_labels(predictor.run, Tiling(1.0, 512, len(classes), device), picture)
 
-The picture is taken at one scale, whatever its size. Windows overlap by half; their logits are
-added with weights that fall to the windows' edges, and rows that are complete become labels, from
-top to bottom. So memory grows with a row of windows, not with the picture times the classes.
-(nnU-Net, Isensee et al. 2021, overlaps its windows by as much; its weights are a Gaussian.)
+The scale is fixed, whatever the size of the picture. Windows overlap by half. Their logits are
+added with weights that fall towards the edges, and complete rows are turned into labels from top to
+bottom. So memory grows with a row of windows, not with the picture times the classes.
+(nnU-Net, Isensee et al. 2021, uses the same overlap, with Gaussian weights.)
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -34,9 +34,9 @@ class Tiling(NamedTuple):
 
 
 def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(H, W) uint8 labels from the (H, W) float32 logits of each class in turn, so that those of
-    all classes need never exist at once; of equal logits the lowest label wins. And (H, W) uint8
-    their probabilities in 255ths, if `wanted`."""
+    """(H, W) uint8 labels from the (H, W) float32 logits of one class after the other, so that the
+    logits of all classes never exist at once; of equal logits the lowest label wins. If `wanted`,
+    also (H, W) uint8, the probabilities of these labels in 255ths."""
     planes = iter(planes)
     best = next(planes).clone()
     labels = torch.zeros_like(best, dtype=torch.uint8)
@@ -50,8 +50,8 @@ def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor,
 
 
 def windows(length: int, side: int) -> list[tuple[int, Tensor]]:
-    """Where windows of that side begin along an axis, each half a side after the one before, the
-    last at the end; and (side,) float32 weights of each, whose sum is 1 at every place."""
+    """Where windows of that side begin along an axis, half a side apart, the last one at the end;
+    and the (side,) float32 weights of each, which add up to 1 everywhere."""
     starts = [*range(0, length - side, side // 2), length - side]
     distance = torch.arange(side) + 0.5
     ramp, total = torch.minimum(distance, side - distance), torch.zeros(length)
@@ -61,8 +61,9 @@ def windows(length: int, side: int) -> list[tuple[int, Tensor]]:
 
 
 def neighbours(length: int, scaled: int) -> Tensor:
-    """(3, length) float64: of each pixel the two of `scaled` between which its centre lies, and the
-    share of the second. It is the bilinear interpolation of `torch.nn.functional.interpolate`."""
+    """(3, length) float64: for each of `length` pixels, the two of `scaled` pixels between which
+    its centre lies, and the share of the second, as in the bilinear
+    `torch.nn.functional.interpolate`."""
     places = (torch.arange(length, dtype=torch.float64) + 0.5) * (scaled / length) - 0.5
     places = places.clamp(0, scaled - 1)
     lower = places.floor()
@@ -78,8 +79,8 @@ def interpolated(plane: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def scaled_rows(picture: Image.Image, size: tuple[int, int], top: int, side: int) -> Tensor:
-    """(3, side, W) uint8 rows from `top` of an RGB picture resized to a `size` (H, W), padded with
-    the mean colour to `side` rows and columns."""
+    """(3, side, W) uint8: `side` rows from `top` on of an RGB picture that is resized to `size`
+    (H, W), padded with the mean colour to at least `side` rows and columns."""
     height, width = min(side, size[0] - top), size[1]
     step = picture.height / size[0]
     box = (0, top * step, picture.width, min((top + height) * step, picture.height))
@@ -90,9 +91,9 @@ def scaled_rows(picture: Image.Image, size: tuple[int, int], top: int, side: int
 def complete_rows(
     run: Callable, tiling: Tiling, picture: Image.Image, size: tuple, left: int, right: int
 ) -> Iterator[tuple[int, Tensor, int]]:
-    """Weighted logits in the columns from `left` to `right` of a picture at a `size` (H, W), summed
-    over the windows. After each row of windows: the number of a row, (C, h, right - left) float32
-    from that one on, and the row where those that are complete end."""
+    """Logits of the columns from `left` to `right` of a picture resized to `size` (H, W), as
+    weighted sums over the windows. Yields after each row of windows: the number of the first row,
+    the sums (C, h, right - left) float32 from it on, and the row at which the complete ones end."""
     _, side, classes, device, batch_size = tiling
     across = windows(max(size[1], side), side)
     across = [(x, w.to(device)) for x, w in across if x < right and x + side > left]
@@ -119,11 +120,11 @@ def complete_rows(
 def tiled_labels(
     run: Callable, tiling: Tiling, picture: Image.Image, wanted: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(H, W) uint8 labels of an RGB picture; and their probabilities in 255ths, if `wanted`.
+    """(H, W) uint8 labels of an RGB picture, and if `wanted` their probabilities in 255ths.
 
-    `run` gives (N, C, side, side) logits of (N, 3, side, side) uint8 windows, both on the device.
-    Where a row of windows has too many logits, the picture is done in blocks of columns, at the
-    price of running the windows that two blocks share twice.
+    `run` maps (N, 3, side, side) uint8 windows to (N, C, side, side) logits, both on the device. If
+    a row of windows has too many logits, the picture is processed in blocks of columns; windows
+    that two blocks share then run twice.
     """
     native, device = (picture.height, picture.width), tiling.device
     size = tuple(max(1, round(tiling.scale * length)) for length in native)
