@@ -2,8 +2,8 @@
 
     python evaluate.py --ckpt runs/unet/best.pt runs/deeplab/best.pt --html report.html
 
-One confusion matrix over the whole split, at the native size of the masks; ignored pixels count
-nowhere; a class that no image holds has no IoU and enters no mean.
+One confusion matrix over the whole split, at the native size of the masks. Ignored pixels count
+nowhere. A class that no image holds has no IoU and is left out of the means.
 """
 
 import argparse
@@ -49,7 +49,7 @@ ANY = {"seed", "out", "resume", "data", "coco_root", "workers", "device", "wandb
 
 class Predictor(NamedTuple):
     """A network and how it is run: at which `size`, on which device, in which autocast dtype,
-    whether of the mirror image as well (`flip`), and in which windows, unless on whole images."""
+    whether on the mirror image as well (`flip`), and in which windows, if not on whole images."""
 
     model: nn.Module
     size: int
@@ -59,9 +59,9 @@ class Predictor(NamedTuple):
     tiling: Tiling | None = None
 
     def logits(self, images: Tensor, widths: list[int]) -> Tensor:
-        """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images that are padded to the
-        right of their `widths`. With `flip`, the probabilities are the mean of those of picture and
-        mirror image, and the logits their logarithms."""
+        """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images, which are padded to the
+        right of their `widths`. With `flip`, the probabilities of image and mirror image are
+        averaged, and the logits are the logarithms of the mean."""
         images = images.to(self.device, non_blocking=True)
         if not self.flip:
             return self.run(images)
@@ -74,13 +74,13 @@ class Predictor(NamedTuple):
         return both.float().log_softmax(dim=2).logsumexp(dim=0) - math.log(2)
 
     def run(self, images: Tensor) -> Tensor:
-        """The network's own logits of (N, 3, h, w) uint8 images on the device."""
+        """The network's logits of (N, 3, h, w) uint8 images on the device."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.model(normalize(images))["out"]
 
     def planes(self, logits: Tensor, height: int, width: int) -> Iterator[Tensor]:
-        """Class by class the (C, h, w) logits of an image, without the padding, at its native size
-        (H, W): it is they that are resized, not the labels."""
+        """The (C, h, w) logits of an image, class by class, without the padding and at the native
+        size (H, W): the logits are resized, not the labels."""
         h, w = resized_size(height, width, self.size)
         for plane in logits[:, None, None, :h, :w].float():
             yield F.interpolate(plane, (height, width), mode="bilinear")[0, 0]
@@ -99,8 +99,8 @@ class Predictor(NamedTuple):
         return tiled_labels(run, self.tiling, picture, wanted)
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """(2,) float32: cross entropy summed over the pixels that count, and the number of these.
-        The (H, W) mask is brought to the size of the (C, h, w) logits."""
+        """(2,) float32: the cross entropy summed over the valid pixels, and their number. The (H,
+        W) mask is resized to the (C, h, w) logits."""
         h, w = resized_size(*mask.shape, self.size)
         mask = F.interpolate(mask[None, None], size=(h, w), mode="nearest-exact")[0].long()
         options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
@@ -108,8 +108,8 @@ class Predictor(NamedTuple):
         return torch.stack([loss, (mask != IGNORE_INDEX).sum().float()])
 
     def predict(self, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-        """Index, (H, W) uint8 labels and mask, and (C, h, w) logits, if it is not done in windows,
-        of every image, on the device."""
+        """For every image, on the device: its index, (H, W) uint8 labels and mask, and, unless it
+        is processed in windows, its (C, h, w) logits."""
         self.model.eval()
         for images, masks, indices in loader:
             masks = masks.to(self.device, non_blocking=True)
@@ -126,10 +126,10 @@ class Predictor(NamedTuple):
 def evaluate(
     predictor: Predictor, loader: DataLoader, description: str, between: Callable = bool, loss=False
 ) -> ConfusionMatrix:
-    """Pixel counts of the loader's images, in ascending order of their indices; and the sums of
-    `Predictor.loss`, if it is wanted.
+    """Pixel counts of the loader's images, in ascending order of their indices, and if `loss` is
+    set the sums of `Predictor.loss`.
 
-    The model is put into evaluation mode and left there. `between` is called after each image.
+    The model is put into evaluation mode and stays there. `between` is called after each image.
     """
     indices = sorted(index for batch in loader.batch_sampler for index in batch)
     classes = len(loader.dataset.manifest.classes)
@@ -148,7 +148,7 @@ def evaluate(
 
 @torch.inference_mode()
 def predict_examples(predictor: Predictor, manifest: Manifest, indices) -> list[Example]:
-    """A few images with their masks, their predictions, and captions with their own IoU."""
+    """A few images with masks, predictions, and captions that give their own IoU."""
     examples = {}
     size = None if predictor.tiling else predictor.size
     loader = evaluation_loader(manifest, indices, size, 1, workers=0)
@@ -203,7 +203,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def check_running(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what no network can be run with."""
+    """Refuse arguments that no network can be run with."""
     if args.scale is not None and not args.tile:
         parser.error(f"--scale {args.scale:g} is of --tile: give both")
     if args.scale is not None and not LOWEST_SCALE <= args.scale <= HIGHEST_SCALE:
@@ -221,21 +221,21 @@ class Subject(NamedTuple):
     images: str
 
     def compared(self) -> tuple[list, ...]:
-        """What must be equal for two checkpoints to be compared: classes, images and masks."""
+        """What must be equal so that two checkpoints can be compared: classes, images and masks."""
         manifest, masks = self.manifest, self.manifest.checksums[self.indices].tolist()
         return manifest.classes, manifest.keys(self.indices), masks
 
     def setting(self) -> str:
-        """Equal where runs differ in the seed only."""
+        """A text that is equal for runs that differ only in the seed."""
         chosen = {k: v for k, v in self.state["args"].items() if k not in ANY}
         chosen["data"] = self.state["fingerprint"]
         return json.dumps(chosen, sort_keys=True, default=str)
 
 
 def find_subject(path: str, args: argparse.Namespace) -> Subject:
-    """What to evaluate. Of --other-data the images that it was validated on, or all if none of them
-    is there. Raises UserError if the data is of other classes, or of other masks without
-    --other-data, or lacks some of the images."""
+    """What to evaluate. With --other-data, these are the images that validated the run, or all
+    images if none of those is there. Raises UserError if the data has other classes, has other
+    masks and --other-data is not given, or lacks some of the images."""
     state = load_checkpoint(path, mmap=True)
     root = args.coco_root or (None if args.data else state["args"].get("coco_root"))
     manifest = common.load_manifest(args.data or state["args"]["data"], root)
@@ -263,7 +263,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
 
 
 def validated(state: dict, manifest: Manifest) -> np.ndarray:
-    """(N,) bool: which images of the manifest validated the run of a checkpoint."""
+    """(N,) bool: which images of the manifest validated the run that wrote a checkpoint."""
     keys = {tuple(map(str, key)) for key in state["val_ids"]}
     parts = max(map(len, keys), default=0)  # those of older checkpoints have no file names
     return np.array([tuple(key[:parts]) in keys for key in manifest.keys(np.arange(len(manifest)))])
@@ -272,7 +272,8 @@ def validated(state: dict, manifest: Manifest) -> np.ndarray:
 def load_predictor(
     state: dict, device: torch.device, args: argparse.Namespace, size: int | None = None
 ) -> Predictor:
-    """The network of a loaded checkpoint, in size, scale and precision as trained, unless told."""
+    """The network of a loaded checkpoint; size, scale and precision as in training, unless
+    given."""
     scale = (args.scale or state.get("scale")) if args.tile else None
     if args.tile and not scale:
         raise UserError("the checkpoint does not say at which scale it was trained: give --scale")
@@ -297,7 +298,7 @@ def evaluate_subject(subject: Subject, args, device: torch.device) -> tuple[dict
 
 
 def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.device) -> None:
-    """Write the picture of a few images of a checkpoint, if there are any."""
+    """Write a picture of a few images of a checkpoint, if there are any."""
     manifest = subject.manifest
     chosen = subject.indices[metrics.pick(args.pick, args.panels, counts, manifest.classes)]
     if not len(chosen):
@@ -313,7 +314,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
 def show_subject(
     number: int, subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
 ) -> Shown:
-    """A checkpoint's part of the page, of which it is the `number`."""
+    """What the page shows of a checkpoint, its `number`-th."""
     predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
     manifest = subject.manifest
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
@@ -328,7 +329,7 @@ def show_subject(
 
 
 def origin_table(state: dict, history: list[dict]) -> metrics.Table:
-    """How a checkpoint came about."""
+    """How a checkpoint was made."""
     rows = [["", ""], *map(list, state.get("origin", {}).items())]
     if history:
         seconds = sum(line.get("seconds", 0) for line in history)
@@ -339,7 +340,7 @@ def origin_table(state: dict, history: list[dict]) -> metrics.Table:
 
 
 def images_table(subject: Subject) -> metrics.Table:
-    """Images and pixels of each class, of those that trained and those that were evaluated."""
+    """Images and pixels of each class, in training and in this evaluation."""
     state, manifest = subject.state, subject.manifest
     training = ~validated(state, manifest)
     training &= state["fingerprint"] == manifest.fingerprint
@@ -360,7 +361,7 @@ def panels_path(path: str) -> Path:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse, before the evaluation, what cannot work, and what could not be written after it."""
+    """Refuse, before the evaluation, what cannot work and what could not be written afterwards."""
     if min(args.panels, args.workers) < 0 or args.batch_size < 1 or args.workers > MOST_WORKERS:
         parser.error(f"--panels and --workers (to {MOST_WORKERS}) start at 0, --batch-size at 1")
     if args.size is not None and not 32 <= args.size <= LARGEST_SIZE:

@@ -20,12 +20,13 @@ Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the f
 
 
 class ConfusionMatrix:
-    """Pixel counts, int64, on the device: of all images a matrix `total` (C, C), truth in rows and
-    prediction in columns; of each image what its scores need, `counts` (images, 3, C): hits, truth
-    and prediction by class. `loss` is for whoever sums one up, with the number of its pixels.
+    """Pixel counts, int64, on the device: `total` (C, C) over all images, truth in rows and
+    prediction in columns; and `counts` (images, 3, C), what the scores of each image need: hits,
+    truth and prediction by class. `loss` (2,) is for callers that also sum up a loss and its
+    pixels.
 
-    `update` reads nothing back: ignored pixels go to a bin of their own instead of being selected
-    away, and scatter_add_, unlike bincount, need not know the largest index.
+    `update` never waits for the device: ignored pixels go to a bin of their own instead of being
+    filtered out, and scatter_add_, unlike bincount, need not know the largest index.
     """
 
     def __init__(self, images: int, classes: int, device: torch.device):
@@ -46,10 +47,10 @@ class ConfusionMatrix:
 
 
 def scores(counts: np.ndarray, held: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Scores of (..., 3, C) counts, as fractions, NaN where there is nothing to divide: (..., C) by
-    class, and (...) means, which leave NaN out (foreground_miou label 0 as well).
+    """Scores of (..., 3, C) counts, as fractions, NaN where there is nothing to divide by: (..., C)
+    by class, and (...) means, which leave out NaN (foreground_miou also label 0).
 
-    A class has an IoU where it is `held`, by default where its counts hold truth."""
+    A class has an IoU where it is `held`, by default where the counts have truth."""
     hits, truth, predicted = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
     held = truth > 0 if held is None else held
     iou = np.where(held, _divide(hits, truth + predicted - hits), np.nan)
@@ -74,8 +75,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
 def leave_one_out(counts: np.ndarray) -> dict[str, np.ndarray]:
     """The pooled "iou" (N, C), "miou" and "foreground_miou" (N,) without each of N images in turn.
 
-    Without its only image a class has an IoU of 0: so that the intervals of means are wide, since
-    nothing else is known of it."""
+    Without its only image a class counts as an IoU of 0. That makes the intervals of means wide,
+    since nothing else is known about such a class."""
     pooled = counts.sum(axis=0)
     iou = scores(pooled - counts, held=pooled[1] > 0)["iou"]
     iou[:, pooled[1] > 0] = np.nan_to_num(iou[:, pooled[1] > 0])
@@ -83,8 +84,8 @@ def leave_one_out(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def student_t(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Values t from 0 up, and the share of Student's distribution that lies within -t and t: the
-    integral of cos(phi) ** (degrees - 1), with t = sqrt(degrees) * tan(phi)."""
+    """Values t from 0 up, and the share of Student's distribution between -t and t: the integral of
+    cos(phi) ** (degrees - 1), with t = sqrt(degrees) * tan(phi)."""
     phi = np.linspace(0, np.pi / 2, 20_001)[:-1]
     density = np.cos(phi) ** (degrees - 1)
     share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
@@ -92,11 +93,11 @@ def student_t(degrees: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def jackknife(value: float, others: np.ndarray) -> tuple[list[float], float]:
-    """The 95% interval, and a two-sided p-value against 0, of a `value` of which `others` (N,) are
-    the values without each of the N images.
+    """The 95% interval of a `value`, and its two-sided p-value against 0, from `others` (N,), the
+    values without each of the N images.
 
-    Source: the delete-one jackknife of Efron and Tibshirani 1993, chapter 11; with Student's t,
-    whose degrees of freedom, sum(d^2)^2 / sum(d^4) of the deviations d, are Satterthwaite's.
+    Source: the delete-one jackknife of Efron and Tibshirani 1993, chapter 11, with Student's t and
+    Satterthwaite's degrees of freedom, sum(d^2)^2 / sum(d^4) of the deviations d.
     """
     deviations = others - others.mean()
     squares = deviations**2
@@ -111,28 +112,27 @@ def jackknife(value: float, others: np.ndarray) -> tuple[list[float], float]:
 
 def judged(counts: np.ndarray) -> np.ndarray:
     """Whether counts (N, 3, ...) are enough for an interval: `FEWEST` images hold the class, and
-    `FEWEST_HIT` have a hit. Of a class that is never hit all images say 0, which is no certainty.
-    """
+    `FEWEST_HIT` have a hit. If a class is never hit, all images say 0, which is no certainty."""
     hit, held = ((counts[:, row] > 0).sum(axis=0) for row in (0, 1))
     return (held >= FEWEST) & (hit >= FEWEST_HIT)
 
 
 def class_interval(counts: np.ndarray, others: np.ndarray) -> list[float] | None:
-    """Interval of a class's IoU from its counts (N, 3), on the logit scale, where it is closer to
-    normal and stays within 0 and 1. None of a class that is not `judged`."""
+    """Interval of the IoU of a class from its counts (N, 3), on the logit scale, where it is closer
+    to normal and stays between 0 and 1. None if the class is not `judged`."""
     if not judged(counts):
         return None
     union = (counts[:, 1:].sum(axis=1) - counts[:, 0]).sum()
-    clip = 0.5 / union  # half a pixel, for 0 and 1 have no logit
+    clip = 0.5 / union  # half a pixel, since 0 and 1 have no logit
     value, others = (np.clip(x, clip, 1 - clip) for x in (counts[:, 0].sum() / union, others))
     ends, _ = jackknife(np.log(value / (1 - value)), np.log(others / (1 - others)))
     return [float(1 / (1 + np.exp(-end))) for end in ends]
 
 
 def mean_interval(value: float | None, others: np.ndarray) -> list[float] | None:
-    """Interval of a mean of IoU, or of its mean over seeds, from its values without each of the
-    images. None of one that is 0, as nothing is hit, and if there are fewer than `FEWEST` images.
-    """
+    """Interval of a mean IoU, or of its mean over seeds, from the values without each of the
+    images. None if the value is 0, as nothing is hit, or if there are fewer than `FEWEST`
+    images."""
     if not value or value != value or len(others) < FEWEST:
         return None
     return np.clip(jackknife(value, others)[0], 0, 1).tolist()
@@ -141,8 +141,8 @@ def mean_interval(value: float | None, others: np.ndarray) -> list[float] | None
 def report(
     ckpt: str, classes: list[str], confusion: ConfusionMatrix, intervals: bool, images: str
 ) -> dict:
-    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist; of its
-    validation, training or all `images`. Reads the device."""
+    """The JSON entry of a checkpoint: plain types, fractions, None for what does not exist.
+    `images` says on which it was evaluated: validation, training or all. Waits for the device."""
     counts, total = confusion.counts.cpu().numpy(), confusion.total.tolist()
     pooled = counts.sum(axis=0)
     entry = {"ckpt": ckpt, "classes": classes, "confusion": total}
@@ -164,9 +164,9 @@ def report(
 
 
 def add_differences(entries: list[dict], all_counts: list[np.ndarray]) -> None:
-    """Give all entries but the first the difference of their means to it, on the same images:
-    value, interval, p-value; the latter None of fewer images than `FEWEST`. all_counts: (N, 3, C)
-    of each, the images in the same order."""
+    """Add to all entries but the first the difference of their means to those of the first: value,
+    interval and p-value, the last two None for fewer than `FEWEST` images. all_counts: (N, 3, C) of
+    each, with the same images in the same order."""
     first = leave_one_out(all_counts[0])
     for entry, counts in zip(entries[1:], all_counts[1:]):
         others, entry["difference"] = leave_one_out(counts), {}
@@ -179,8 +179,8 @@ def add_differences(entries: list[dict], all_counts: list[np.ndarray]) -> None:
 
 
 def winners(all_counts: list[np.ndarray]) -> list[int | None]:
-    """For each class, and then each of `MEANS`, the number of the checkpoint whose IoU is above
-    those of all others, if the intervals of its paired differences to them exclude 0."""
+    """For each class, and then for each of `MEANS`, the number of the checkpoint whose IoU is
+    highest, if the intervals of its paired differences to all others exclude 0; else None."""
     values = np.stack([_columns(scores(counts.sum(axis=0))) for counts in all_counts])
     best = np.where(np.isnan(values), -1, values).argmax(axis=0)
     held = (all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST
@@ -200,8 +200,10 @@ def _columns(found: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def gallery(number: int, counts: np.ndarray, classes: list[str]) -> dict[int, str]:
-    """Up to `number` images of (N, 3, C) counts, each with what it was picked for: a quarter at
-    random; and in turns the worst, and those that hold most of each of the four rarest classes."""
+    """Up to `number` images of (N, 3, C) counts, each with the reason for its choice: a quarter at
+    random, the rest in turns the worst and those with most pixels of each of the four rarest
+    classes.
+    """
     images = (counts[:, 1] > 0).sum(axis=0)
     rare = sorted((label for label in range(1, len(classes)) if images[label]), key=images.take)
     hows = {"worst": "worst"} | {classes[label]: f"most of {classes[label]}" for label in rare[:4]}
@@ -223,8 +225,8 @@ def plain(value: np.ndarray) -> float | None:
 
 def pick(how: str, count: int, counts: np.ndarray, classes: list[str]) -> np.ndarray:
     """Numbers of up to `count` of the images of (N, 3, C) counts: the "worst" or "best" by their
-    own foreground mIoU, "random" ones of those that have one, or those that hold most of a class.
-    An image has one if its truth or its prediction holds a class."""
+    own foreground mIoU, "random" ones, or those with most pixels of a class. Images without a class
+    in truth and prediction have no such mIoU and are left out."""
     if how in classes:
         area = counts[:, 1, classes.index(how)]
         return np.argsort(-area, kind="stable")[: min(count, np.count_nonzero(area))]
@@ -235,7 +237,8 @@ def pick(how: str, count: int, counts: np.ndarray, classes: list[str]) -> np.nda
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    """What the report says, for a person: of several a comparison first, then each in detail."""
+    """The report for a person: a comparison if there are several checkpoints, then each in
+    detail."""
     result = [comparison_table(entries)] if len(entries) > 1 else []
     if "difference" in entries[-1]:
         result.append(difference_table(entries))
@@ -245,7 +248,7 @@ def tables(entries: list[dict]) -> list[Table]:
 
 
 def evaluated(entry: dict) -> str:
-    """On which images a checkpoint was evaluated, and how."""
+    """On which images a checkpoint was evaluated, and how, in words."""
     count, which = entry["images"], entry["evaluated_on"]
     words = f"all {count} images" if which == "all" else f"{count} {which} images"
     words += ", with their mirror images" if entry.get("flip") else ""
@@ -253,7 +256,7 @@ def evaluated(entry: dict) -> str:
 
 
 def comparison_table(entries: list[dict]) -> Table:
-    """IoU of every class and the means, a row per checkpoint, below it the intervals."""
+    """IoU of every class and the means: a row per checkpoint, with the intervals below it."""
     first = entries[0]
     rows = [["", *first["classes"], "mean", "fg mean", "accuracy"]]
     for entry in entries:
@@ -268,8 +271,8 @@ def comparison_table(entries: list[dict]) -> Table:
 
 
 def seeds_table(entries: list[dict], all_counts: list[np.ndarray], settings: list[str]) -> Table:
-    """A mean for each of the `settings`, of the checkpoints that share it; below it their lowest
-    and highest, and the interval over images of the mean, where the entries have intervals."""
+    """The mean over the checkpoints that share one of the `settings`; below it their lowest and
+    highest, and if the entries have intervals, that of the mean over images."""
     rows = [["", *entries[0]["classes"], "mean", "fg mean"]]
     for setting in dict.fromkeys(settings):
         runs = [number for number, own in enumerate(settings) if own == setting]
@@ -317,7 +320,7 @@ def class_table(entry: dict) -> Table:
 
 
 def confusion_table(entry: dict) -> Table:
-    """Where the pixels of each true class went; of many classes the largest confusions only."""
+    """Where the pixels of each true class went; for many classes only the largest confusions."""
     classes, confusion = entry["classes"], np.array(entry["confusion"])
     share = _divide(confusion, confusion.sum(axis=1, keepdims=True))
     title = f"{entry['ckpt']}: what the pixels of a class are taken for, in %"
@@ -333,7 +336,7 @@ def confusion_table(entry: dict) -> Table:
 
 
 def as_text(table: Table) -> str:
-    """The table in columns; the first to the left, the others to the right."""
+    """The table in aligned columns: the first to the left, the others to the right."""
     title, rows = table
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [title]
@@ -357,5 +360,5 @@ def percent(value: float | None) -> str:
 
 
 def span(bounds: list[float | None] | None) -> str:
-    """An interval in percent, empty without one."""
+    """An interval in percent; empty if there is none."""
     return "" if bounds is None else " to ".join(map(percent, bounds))

@@ -2,10 +2,10 @@
 
     python predict.py --ckpt runs/deeplab/best.pt --images photos "more/**/*.jpg" --out predictions
 
-Each image gives predictions/masks_raw/<stem>.png (labels), masks_colored/<stem>.png and
-overlays/<stem>.jpg, and probabilities/<stem>.png if asked for, in the size of the picture: as a
-viewer shows it, turned by EXIF, where those of the training were, else as stored. A file that is
-not an image, or whose stem another image has taken, is named and skipped; the exit code is then 1.
+Each image gives predictions/masks_raw/<stem>.png (labels), masks_colored/<stem>.png,
+overlays/<stem>.jpg, and on request probabilities/<stem>.png, all in the size of the picture. EXIF
+rotation is applied if it was in training. A file that is not an image, or whose stem is the same as
+another image's, is named and skipped; the exit code is then 1.
 """
 
 import argparse
@@ -41,9 +41,9 @@ LARGEST = 2**29  # pixels of a picture for --tile: 2 GB; else Pillow's own limit
 
 
 def find_files(names: list[str]) -> list[Path]:
-    """The files that `names` (of files or folders, or globs) stand for, in order, each once.
+    """The files that `names` (files, folders or globs) stand for, in order, each once.
 
-    A folder stands for its own files, not for hidden ones or those of its subfolders.
+    A folder stands for the files in it, without hidden ones and without its subfolders.
     """
     files = {}
     for name in names:
@@ -59,8 +59,8 @@ def find_files(names: list[str]) -> list[Path]:
 
 
 def read(path: Path, upright: bool) -> Image.Image | UserError:
-    """The image, turned by EXIF if `upright`, or why it cannot be used."""
-    if not path.is_file():  # a pipe would be waited for
+    """The image, rotated by EXIF if `upright`, or the reason why it cannot be used."""
+    if not path.is_file():  # opening a pipe would wait forever
         return UserError(f"{path} is not a file")
     try:
         image = read_image(path, upright=upright)
@@ -73,8 +73,8 @@ def read(path: Path, upright: bool) -> Image.Image | UserError:
 def batches(
     files: list[Path], size: int, upright: bool, batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
-    """The images among `files` in batches of one padded size; names those that it skips. A batch
-    is held by whoever takes it alone: one picture may have gigabytes."""
+    """The images among `files` in batches of the same padded size; names those that it skips. Keeps
+    no reference to a batch that it has yielded, since one picture may take gigabytes."""
     stems, told = {}, upright
     for first in tqdm(range(0, len(files), batch_size), unit="batch", disable=None):
         chunk, groups = files[first : first + batch_size], defaultdict(list)
@@ -100,8 +100,8 @@ def batches(
 def predict_labels(
     predictor: Predictor, images: list[Image.Image], probabilities: bool
 ) -> Iterator[list[np.ndarray]]:
-    """(H, W) uint8 labels of each image, RGB of one padded size: those that evaluate.py gives; and
-    their `probabilities`, if wanted, (H, W) uint8 in 255ths."""
+    """(H, W) uint8 labels of each of several RGB images of the same padded size, as evaluate.py
+    gives them, and if wanted their `probabilities`, (H, W) uint8 in 255ths."""
     if predictor.tiling:
         found = (predictor.tiled(image, probabilities) for image in images)
     else:
@@ -118,8 +118,9 @@ def predict_labels(
 def write_outputs(
     out: Path, colors: list, shown: list[bool], item: tuple[Path, Image.Image], found: list
 ) -> None:
-    """Write mask, coloured mask and overlay of an image, and what else was `found`, from (H, W)
-    uint8 labels. Those that are not `shown` become background. The image is drawn over."""
+    """Write mask, coloured mask and overlay of an image, from what was `found`: (H, W) uint8
+    labels, and perhaps probabilities. Labels that are not `shown` become background. Changes the
+    image."""
     (path, image), (labels, *probability) = item, found
     probability = [part * np.array([True, *shown[1:]])[labels] for part in probability]
     labels = labels if all(shown) else (np.arange(len(shown)) * shown).astype(np.uint8)[labels]
@@ -138,8 +139,8 @@ def write_outputs(
 
 
 def draw_over(image: Image.Image, labels: np.ndarray, draw: Callable) -> None:
-    """Replace an image by what `draw` makes of it and its labels, a strip at a time, so that a
-    large picture does not exist twice."""
+    """Replace an image by what `draw` makes of it and its labels, strip by strip, so that a large
+    picture does not exist twice."""
     height = max(1, STRIP // image.width)
     for top in range(0, image.height, height):
         # With the rows beside them, on which outlines depend.

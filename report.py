@@ -1,4 +1,4 @@
-"""What people look at: a page, training curves, and panels of what a model gets wrong.
+"""What people look at: a page, training curves, and panels that show what a model gets wrong.
 
 page([Shown(...), ...], winners, command)   # one HTML file, without scripts or other files
 curves(history, classes, colors)            # an SVG picture of a run's metrics.jsonl
@@ -35,8 +35,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Shown(NamedTuple):
-    """What a page shows of a checkpoint: its `metrics.report`, the lines of metrics.jsonl, colours
-    of its classes, tables of how it came about, and `figures` as HTML."""
+    """What a page shows of a checkpoint: its `metrics.report`, the lines of metrics.jsonl, the
+    colours of its classes, tables on how it was made, and `figures` as HTML."""
 
     entry: dict
     history: list[dict]
@@ -57,8 +57,8 @@ class Example(NamedTuple):
 def page(
     shown: list[Shown], winners: list[int | None], command: str, merged: list[Table] | None = None
 ) -> str:
-    """HTML in one file. `winners` are those of `metrics.winners`, `command` made the page, `merged`
-    are tables to show first."""
+    """HTML in one file. `winners` are those of `metrics.winners`, `command` is what made the page,
+    and `merged` are tables to show first."""
     entries, classes = [each.entry for each in shown], shown[0].entry["classes"]
     title, (head, *_) = metrics.comparison_table(entries)
     rows, means = [], [*metrics.MEANS, "pixel_accuracy"]
@@ -105,13 +105,13 @@ def _section(shown: Shown) -> str:
 
 
 def _text(words: str, most: int = 10**6) -> str:
-    """Any words as HTML and XML can hold them; of too many letters the first."""
+    """Any words, made safe for HTML and XML, and cut off after `most` letters."""
     words = words if len(words) <= most else words[: most - 1] + "\u2026"
     return escape("".join(c if c.isprintable() else "\ufffd" for c in words))
 
 
 def _table(table: Table, kind: str) -> str:
-    """A table whose cells are words, or pairs of attributes and HTML."""
+    """A table whose cells are words or pairs of attributes and HTML."""
     title, (head, *rows) = table
     lines = ["".join(f'<th scope="col">{_text(name)}</th>' for name in head), "</thead><tbody>"]
     for name, *cells in rows:
@@ -138,7 +138,7 @@ def _bar(value: float | None, interval: list[float] | None, won: bool) -> tuple[
 
 
 def _heat(entry: dict) -> str:
-    """The confusion matrix, the darker the larger a share of the true class; if large, a list."""
+    """The confusion matrix, darker for a larger share of the true class; if it is large, a list."""
     title, (head, *rows) = metrics.confusion_table(entry)
     classes, confusion = entry["classes"], entry["confusion"]
     if len(classes) > metrics.MATRIX_LABELS:
@@ -157,8 +157,8 @@ def _heat(entry: dict) -> str:
 
 
 def figure(example: Example, classes: list[str], colors: list, name: str) -> str:
-    """HTML of an image's pictures: side by side, or on a narrow screen one that is chosen. `name`
-    is unique in the page."""
+    """HTML of the pictures of an image: side by side, or on a narrow screen one that the reader
+    picks. `name` is unique within the page."""
     labels, layers, buttons = [[], example.mask, example.prediction, []], [], []
     for title, seen, picture in zip(TITLES, labels, pictures(example, colors, PICTURE)):
         picture.save(content := io.BytesIO(), "WEBP", quality=80)
@@ -183,8 +183,8 @@ def curves(history: list[dict], classes: list[str], colors: list) -> str:
 
 
 def charts(history: list[dict], classes: list[str], colors: list) -> dict[str, str]:
-    """SVG of loss, learning rate and IoU by epoch, from lines of metrics.jsonl; the best epoch is
-    marked."""
+    """SVG charts of loss, learning rate and IoU by epoch, from the lines of metrics.jsonl; the best
+    epoch is marked."""
     paints = ["gray", *(f"rgb{tuple(color)}" for color in colors[1:])]
     iou = [(n, [line["val_iou"].get(n) for line in history], p) for n, p in zip(classes, paints)]
     keys = {"training": "train_loss", "validation CE": "val_loss", "": "lr"}
@@ -198,7 +198,7 @@ def charts(history: list[dict], classes: list[str], colors: list) -> dict[str, s
 
 
 def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str:
-    """One chart of series, each a name, a value or None per epoch, and a colour."""
+    """A chart of several series: each has a name, a value or None per epoch, and a colour."""
     known = [(n, [p for p in zip(epochs, v) if p[1] is not None], c) for n, v, c in series]
     known, share = [one for one in known if one[1]], title.startswith("IoU")
     last, highest = max(1, epochs[-1]), max((p[1] for _, ps, _ in known for p in ps), default=1)
@@ -239,14 +239,14 @@ def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str
 
 
 def _ticks(high: float) -> list[float]:
-    """From 0 to `high` or a little more, in steps of 1, 2 or 5 times a power of 10."""
+    """Ticks from 0 to `high` or a little more, in steps of 1, 2 or 5 times a power of 10."""
     power = 10 ** math.floor(math.log10(high / 4))
     step = max(power * factor for factor in (1, 2, 5) if 4 * power * factor <= high * 1.0001)
     return [step * number for number in range(math.ceil(high / step - 1e-9) + 1)]
 
 
 def _spread(places: list[float], gap: float = 14) -> list[float]:
-    """The heights of labels, moved apart where they would collide, and into the plot."""
+    """The heights of labels, moved apart where they would collide, and kept inside the plot."""
     order, spread, low = np.argsort(places, kind="stable"), np.array(places), BOTTOM + gap
     for one, other in pairwise(order):
         spread[other] = max(spread[other], spread[one] + gap)
@@ -256,7 +256,7 @@ def _spread(places: list[float], gap: float = 14) -> list[float]:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels, background excepted, that touch a pixel of another label."""
+    """(H, W) bool: the pixels, except background, that touch a pixel of another label."""
     edge = np.zeros(mask.shape, dtype=bool)
     for one, other in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
         differ = mask[one] != mask[other]
@@ -266,7 +266,7 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: Image.Image, mask: np.ndarray, colors: list) -> Image.Image:
-    """An RGB picture with the classes of its (H, W) uint8 mask laid over it, thinly outlined.
+    """An RGB picture with the classes of its (H, W) uint8 mask drawn over it, thinly outlined.
 
     The background stays as it is; ignored pixels are white.
     """
@@ -290,8 +290,8 @@ def draw_panels(examples: list[Example], classes: list[str], colors: list) -> Im
 
 
 def pictures(example: Example, colors: list, longest: int) -> list[Image.Image]:
-    """The four of `TITLES`. Drawn at their own size, so that an outline is as thin on a large image
-    as on a small."""
+    """The four pictures of `TITLES`. They are drawn at the final size, so that outlines are equally
+    thin on large and small images."""
     scale = longest / max(example.image.size)
     size = tuple(max(1, round(side * scale)) for side in example.image.size)
     image = example.image.resize(size)
