@@ -1,12 +1,12 @@
 """COCO annotation files of any tool, read without trusting them, and their segmentations.
 
-    index = read_index(source)  # what a preparation needs to know of each image and annotation
+    index = read_index(source)  # what the preparation needs to know about images and annotations
     tasks = split_tasks(index, root, classes, skipped)
     encoded, dropped, nested = encode(segmentation, height, width)
 
-A file is walked once, value by value, and never held in memory: of an annotation only its ids and
-its place in the file are kept. Whatever a file states is checked before pycocotools, which is C,
-gets to see it. What cannot be used is skipped and counted by reason.
+A file is read once, value by value, and never held in memory: only the ids of an annotation and its
+place in the file are kept. Everything is checked before pycocotools, which is written in C, gets to
+see it. What cannot be used is skipped and counted by reason.
 """
 
 import difflib
@@ -33,7 +33,7 @@ from common import BACKGROUND, IGNORE_INDEX, UserError
 # pycocotools walks an outline at five points per pixel, in 32-bit integers: 1e8 crashes it.
 MAX_COORDINATE = 1e6
 MAX_OUTLINE = 2e6
-WINDOW = 2**24  # bytes of an annotation file in memory at once, where no single value is longer
+WINDOW = 2**24  # bytes of an annotation file in memory at once, if no single value is longer
 EXAMPLES = 10  # per reason, in the manifest
 OUTSIDE = "polygon outside the image: annotated on a picture of another size?"
 TOO_SHORT = "polygon has fewer than 6 numbers"
@@ -50,8 +50,8 @@ class Source(NamedTuple):
 
 
 class Index(NamedTuple):
-    """An annotation file. `images`: (id, file name, height, width), with 0 for an unknown size.
-    Of each annotation: the ids of its image and its category; `places`, two byte offsets each."""
+    """An annotation file. `images` are (id, file name, height, width), with 0 for an unknown size.
+    For each annotation: the ids of its image and category, and in `places` two byte offsets."""
 
     source: Source
     names: dict[int | str, str]
@@ -62,8 +62,8 @@ class Index(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a worker needs for one image. `file` is relative to the root, a size of 0 unknown.
-    `annotations`: (label, start, end) of their text in `source`; None where that is a mask."""
+    """What a worker needs for one image. `file` is relative to the root; a size of 0 is unknown.
+    `annotations` are (label, start, end) of their text in `source`, or None if that is a mask."""
 
     id: int | str
     split: str
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 class Unusable(ValueError):
-    """An annotation or an image that cannot be used; the text is the reason."""
+    """An annotation or image that cannot be used; the text is the reason."""
 
 
 class Empty(Unusable):
@@ -84,7 +84,7 @@ class Empty(Unusable):
 
 
 def whole(value: object) -> int | None:
-    """The whole number that a value stands for, as 640, 640.0 and "640" do, or None."""
+    """The whole number that a value stands for (640, 640.0 or "640"), or None."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = int(value) if value.lstrip("-").isdecimal() else float(value)
@@ -92,7 +92,7 @@ def whole(value: object) -> int | None:
 
 
 def identifier(value: object) -> int | str | None:
-    """An id, however it is written: 7, 7.0 and "7" are the same one. None if it is none."""
+    """An id, however it is written: 7, 7.0 and "7" are the same. None if it is not one."""
     number = whole(value)
     if number is None and isinstance(value, str):
         return value[:99] or None
@@ -103,11 +103,12 @@ def identifier(value: object) -> int | str | None:
 
 
 def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[str], bool]:
-    """Compressed RLE, as pycocotools has it, of a segmentation; why rings of it were dropped; and
-    whether a ring may lie within another, which might be meant as a hole, and is filled.
+    """A segmentation as compressed RLE of pycocotools; the reasons why rings were dropped; and
+    whether a ring may lie within another one. That could be meant as a hole, but it is filled.
 
-    Polygons or RLE, as COCO writes them; or a single polygon, pairs, numbers as text, several RLEs.
-    Raises Unusable for all that would crash pycocotools, make it guess, or read memory not its own.
+    Takes polygons or RLE as COCO writes them, a single polygon, pairs, numbers as text, and several
+    RLEs. Raises Unusable for anything that would make pycocotools crash, guess, or read memory that
+    is not its own.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
     if segmentation is None or not parts:
@@ -136,7 +137,7 @@ def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[st
 
 
 def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
-    """RLE of a bbox [x, y, width, height]; None if it is none, or covers no pixel."""
+    """RLE of a bbox [x, y, width, height]; None if it is not one or covers no pixel."""
     try:
         x, y, w, h = map(float, bbox)
         return encode([[x, y, x + w, y, x + w, y + h, x, y + h]], height, width)[0]
@@ -145,7 +146,7 @@ def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
 
 
 def states_nothing(annotation: dict) -> bool:
-    """Whether it has neither outline nor extent, by its own account: a point, or a placeholder."""
+    """Whether an annotation itself says that it covers nothing: a point or a placeholder."""
     box, area = annotation.get("bbox"), annotation.get("area")
     nothing = box == [] or (isinstance(box, list) and 0 in box[2:]) or area is not None
     empty = annotation.get("segmentation") in (None, [], [[]], {}, "")
@@ -190,9 +191,9 @@ def _checked_rle(segmentation: dict, height: int, width: int) -> dict:
 
 
 def _decompressed(text: str) -> list[int]:
-    """Run lengths of a compressed RLE string: 5 bits per character, low bits first; bit 5 says that
-    more follow, bit 4 of the last is the sign; from the fourth number on, differences to the last
-    but one."""
+    """Run lengths of a compressed RLE string: 5 bits per character, low bits first. Bit 5 says that
+    more follow, and bit 4 of the last character is the sign. From the fourth on, numbers are stored
+    as differences to the last but one."""
     if not re.fullmatch("(?:[P-o]{0,6}[0-O])*", text):
         raise Unusable("RLE string is damaged")
     counts, value, shift = [], 0, 0
@@ -218,7 +219,7 @@ class Skipped:
         self.strict, self.images, self.annotations, self.seen = strict, {}, {}, {}
 
     def add(self, kind: str, reason: str, split: str, image: object, annotation=None) -> None:
-        """Note an image, or an annotation of one, by names or ids. Raises UserError if strict."""
+        """Count an image or annotation, known by names or ids. Raises UserError if strict."""
         names = [name if isinstance(name, int) else str(name)[:99] for name in (image, annotation)]
         example = {"split": split, "image": names[0]}
         if kind == "annotations":
@@ -255,21 +256,22 @@ class Skipped:
 
 
 class JsonText:
-    """JSON in a file, taken value by value from a window of its text, which stands `at` a place.
+    """JSON in a file, read value by value from a window of its text, in which `at` is the place.
 
-    Read as Latin-1, in which a character is a byte; what holds others is decoded once more.
+    It is read as Latin-1, in which a character is a byte; values with other characters are decoded
+    again.
     """
 
     def __init__(self, file: BinaryIO):
         self.file, self.start, self.text, self.at = file, 0, "", 0
-        # Fractions stay text: they take twice as long as the rest, and only workers need them.
+        # Fractions stay text: parsing them would double the time, and only workers need them.
         self.decode = json.JSONDecoder(parse_float=str).raw_decode
         self._move()
         if self.text.startswith("\xef\xbb\xbf"):  # a byte order mark
             self.at = 3
 
     def _move(self) -> bool:
-        """Let the window begin where it stands; whether it holds more than before."""
+        """Move the window to the current place. Returns whether it holds more than before."""
         left = len(self.text) - self.at
         self.start, self.at = self.start + self.at, 0
         self.file.seek(self.start)
@@ -277,7 +279,7 @@ class JsonText:
         return len(self.text) > left
 
     def peek(self) -> str:
-        """The next character that is no space; it stands there then."""
+        """Move to the next character that is not a space, and return it."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
@@ -291,11 +293,11 @@ class JsonText:
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
-            except ValueError:  # it may be cut off by the window's end
+            except ValueError:  # it may be cut off at the end of the window
                 if not self._move():
                     raise
                 continue
-            # So may a number, which without its end is a number too.
+            # So may a number, which without its last digits is still a number.
             if (end < len(self.text) and self.text[end] in ",:]} \t\n\r") or not self._move():
                 break
         text, place = self.text[self.at : end], (self.start + self.at, self.start + end)
@@ -303,7 +305,7 @@ class JsonText:
         return value if text.isascii() else json.loads(text.encode("latin-1")), *place
 
     def items(self, closing: str) -> Iterator[None]:
-        """Stand before each item of the list or object of which the bracket is next."""
+        """Step through the items of the list or object whose bracket comes next."""
         self.at += 1
         while self.peek() != closing:
             yield
@@ -315,8 +317,8 @@ class JsonText:
 
 
 def walk(file: BinaryIO) -> Iterator[tuple[str, object, int, int]]:
-    """(key, element, start, end) of each element of the lists of a JSON object; and for each list
-    itself (key, None, 0, 0) first. Raises ValueError where it is none."""
+    """(key, element, start, end) for each element of each list in a JSON object; before them, for
+    the list itself, (key, None, 0, 0). Raises ValueError if the file is not a JSON object."""
     text = JsonText(file)
     if text.peek() != "{":
         raise ValueError("no JSON object")
@@ -334,8 +336,8 @@ def walk(file: BinaryIO) -> Iterator[tuple[str, object, int, int]]:
 
 
 def read_index(source: Source) -> Index:
-    """What is to be known of an annotation file. Raises UserError if missing, damaged, or of a
-    category id that two names share."""
+    """Read what the preparation needs from an annotation file. Raises UserError if it is missing or
+    damaged, or if two categories share an id."""
     names, images, image_ids, category_ids, places = {}, [], [], [], array("q")
     lists = set()
     try:
@@ -367,8 +369,8 @@ def read_index(source: Source) -> Index:
 
 
 def _image_row(image: dict) -> tuple:
-    """Id, file name, height, width. LVIS has no file name, but an address that ends with it; those
-    of COCO Annotator may be the same in two folders, but it writes a path too."""
+    """Id, file name, height, width. LVIS has no file name, but a URL that ends with it. COCO
+    Annotator may use the same file name in two folders, but also writes a path."""
     name, path = image.get("file_name"), image.get("path")
     if isinstance(path, str) and path.endswith(f"/{name}"):
         name = path
@@ -381,8 +383,8 @@ def _image_row(image: dict) -> tuple:
 def choose_classes(wanted: list[str], indexes: list[Index]) -> list[str]:
     """Class names by label, the background first; ["all"] stands for all categories.
 
-    Says which split lacks one, and which categories count as one whose name they have but for the
-    case. Raises UserError for a class that no split has."""
+    Prints which split lacks a class, and which categories count as one because only the case
+    differs. Raises UserError for a class that no split has."""
     known = dict.fromkeys(name for index in indexes for name in index.names.values())
     if wanted == ["all"]:
         return [BACKGROUND, *(name for name in known if name != BACKGROUND)]
@@ -405,14 +407,15 @@ def choose_classes(wanted: list[str], indexes: list[Index]) -> list[str]:
 
 
 def split_name(path: Path) -> str:
-    """What an annotation file, or a folder of masks, is called: Roboflow's after its folder."""
+    """The split's name, from its annotation file or its folder of masks; for Roboflow, the
+    folder."""
     path = Path(os.path.abspath(path))
     return path.parent.name if path.name.startswith("_") else path.stem.removeprefix("instances_")
 
 
 def find_sources(root: Path, splits: list[str] | None) -> list[Source]:
-    """The splits below a root laid out as by COCO, CVAT, Label Studio or Roboflow: those named,
-    else val2017, else all. Raises UserError if there are none."""
+    """The splits below a root with the layout of COCO, CVAT, Label Studio or Roboflow: those named,
+    by default val2017, or else all. Raises UserError if there are none."""
     if not root.is_dir():
         raise UserError(f"no folder {root}: give the COCO root with --coco-root")
     patterns = ("annotations/instances_*.json", "*/_annotations.coco.json")
@@ -439,9 +442,9 @@ class Tree:
         self.folder, self.listed = folder, {}
 
     def find(self, name: str) -> str | None:
-        """The path below the folder, as on disk, or None. The first parts of a name may repeat the
-        last of the folder's; of a name that begins with a slash, the longest end that is there is
-        taken. A name may differ in case or Unicode form where just one fits."""
+        """The path below the folder, as on disk, or None. A name may begin with the last parts of
+        the folder's own path. If it begins with a slash, the longest end of it that exists is
+        taken. Case and Unicode form may differ if only one file fits."""
         parts, own = name.lstrip("/").split("/"), self.folder.parts
         for first in range(len(parts)):
             left_out = not first or name[0] == "/" or parts[:first] == list(own[-first:])
@@ -467,12 +470,13 @@ class Tree:
 
 
 def fold(name: str) -> str:
-    """What is the same for names that some file system takes for one."""
+    """Equal for names that some file system takes for the same."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | None]]:
-    """The folder that holds most of the files, the first of equals, and their paths below it."""
+    """The folder with most of the files, the first of equals, and the paths of the files below
+    it."""
     candidates = []
     for folder in folders:
         tree = Tree(folder)
@@ -484,8 +488,8 @@ def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | 
 
 
 def safe_name(name: object) -> str:
-    """A file name with slashes, as Windows tools may not write it. It begins with a slash where it
-    is of another machine: absolute, of the web, or after "..". Raises Unusable if it is none."""
+    """A file name with forward slashes. It begins with one if it comes from elsewhere: an absolute
+    path, a URL, or a path with "..". Raises Unusable if it is not a name."""
     if not isinstance(name, str) or not name.strip():
         raise Unusable("image without a file name")
     drive = PureWindowsPath(name).drive
@@ -498,8 +502,9 @@ def safe_name(name: object) -> str:
 
 
 def mask_names(paths: list[str]) -> list[str]:
-    """The mask's path for each image's: `cam0/a.jpg` gives `cam0/a.png`. Where that is another's,
-    also for file systems that know no case, it keeps its suffix; where that is too long, a hash."""
+    """The path of each image's mask: `cam0/a.jpg` gives `cam0/a.png`. If that is taken, also for
+    file systems that ignore case, the mask keeps the image's suffix; if it is too long, it is a
+    hash."""
     names, taken = [], set()
     for path in paths:  # a folder may be called a.png
         parts = fold(path).split("/")
@@ -517,9 +522,9 @@ def mask_names(paths: list[str]) -> list[str]:
 
 
 def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) -> list[Task]:
-    """The tasks of a split; `mask` is the image's own path yet, below a folder per split. Raises
-    UserError where two files share an id, where most images are missing, and where an earlier split
-    has an image without a class that this one gives it."""
+    """The tasks of a split, in which `mask` is still the image's path below a folder per split.
+    Raises UserError if two files share an id, if most images are missing, or if an earlier split
+    has the same image without a class that this split labels."""
     (split, source, folders), rows, owners, tasks, shared = index.source, [], {}, {}, {}
     for id_, name, height, width in index.images:
         try:
@@ -571,8 +576,8 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
 def _add_annotations(
     index: Index, classes: list, owners: dict, tasks: dict, skipped: Skipped
 ) -> Iterator[tuple]:
-    """Give the tasks the annotations of chosen classes, and those of no class, whose pixels are
-    ignored. Yields image id and label of those whose image is left out."""
+    """Give the tasks the annotations of the chosen classes, and those without a known category,
+    whose pixels are ignored. Yields image id and label of annotations whose image is left out."""
     wanted = {fold(name): label for label, name in enumerate(classes)}
     wanted |= {name: label for label, name in enumerate(classes)}
     labels = {id_: wanted.get(n, wanted.get(fold(n), 0)) for id_, n in index.names.items()}

@@ -88,7 +88,7 @@ def batches(
                 continue
             stems[path.stem.casefold()] = path
             if not told and orientation(image) != 1:
-                told = f"note: EXIF turns {path}, but it is taken as stored, as in the training"
+                told = f"note: EXIF rotates {path}, but it is used as stored, as in training"
                 tqdm.write(f"{told}: say --exif upright for what a viewer shows", file=sys.stderr)
             groups[padded_size(image.height, image.width, size)].append((path, image))
         del image

@@ -4,11 +4,11 @@
     python prepare_masks.py --annotations a.json --images-dir photos --classes all --out data
     python prepare_masks.py --masks labels --images-dir photos --classes sky road car --out data
 
-Writes data/masks_raw (class indices, mode L), data/masks_colored (RGB, to look at) and, last of
-all, data/manifest.json: its presence means that the masks are complete.
+Writes data/masks_raw (class indices, mode L), data/masks_colored (RGB, to look at) and finally
+data/manifest.json, whose presence means that the masks are complete.
 
-What cannot be used is skipped, counted by reason in the manifest, and never becomes background: the
-bbox of such an annotation is 255, "ignore", or else its image is left out.
+What cannot be used is skipped and counted by reason in the manifest. It never becomes background:
+the box of such an annotation is 255, "ignore", or its image is left out.
 """
 
 import argparse
@@ -47,12 +47,13 @@ CLASSES = ["person", "car", "bus", "dog"]
 PRIORITY = ["dog", "person", "car", "bus"]  # what usually stands in front first
 FOLDERS = ("masks_raw", "masks_colored")
 COLUMNS = ("images", "instances", "crowds", "pixels")  # of the table
-# Pixels of crowds; pixels of a class before others are painted over it; rings within rings.
+# "crowded": pixels of crowds; "drawn": pixels before other classes cover them; "filled":
+# annotations with a ring in a ring.
 COUNTS = ("instances", "crowds", "crowded", "drawn", "filled")
 
 
 class Work(NamedTuple):
-    """What is the same for all images: where they are, where masks go, and how they are made."""
+    """What is the same for all images: where they are, where masks go, how they are made."""
 
     root: Path
     folder: Path
@@ -67,10 +68,10 @@ class Work(NamedTuple):
 def encode_layers(
     annotations: Iterable[tuple[int, dict]], height: int, width: int, crowd: str, skipped: list
 ) -> tuple[dict[int, dict], dict]:
-    """One RLE by label (255: ignored), and the `COUNTS` by label.
+    """One RLE per label (255: ignored), and the `COUNTS` per label.
 
-    What cannot be used goes to `skipped`, and its bbox is ignored. Raises Unusable, for the whole
-    image, where it has none.
+    What cannot be used is added to `skipped`, and its bbox is ignored. If it has none, this raises
+    Unusable for the whole image.
     """
     layers, counts = defaultdict(list), {kind: Counter() for kind in COUNTS}
     for label, annotation in annotations:
@@ -89,7 +90,7 @@ def encode_layers(
             counts["crowds" if iscrowd else "instances"][key] += 1
         if encoded and not (iscrowd and crowd == "background"):
             layers[IGNORE_INDEX if iscrowd and crowd == "ignore" else label].append(encoded)
-        # A ring of two points encloses nothing: all that it could have shown is there.
+        # A ring of two points encloses nothing, so nothing is lost.
         if lost and not (encoded and set(lost) == {coco.TOO_SHORT}):
             if box := coco.encode_bbox(annotation.get("bbox"), height, width):
                 layers[IGNORE_INDEX].append(box)
@@ -102,7 +103,7 @@ def encode_layers(
 
 def paint(layers: dict[int, dict], paint_order: list[int], height, width) -> np.ndarray:
     """(H, W) uint8 labels. Each class is painted once, as the union of its instances, in
-    `paint_order`; ignored crowds come first, so that any instance covers them."""
+    `paint_order`. Ignored crowds come first, so that any instance covers them."""
     mask = np.zeros((width, height), dtype=np.uint8)  # transposed: RLE runs down columns
     for label in [IGNORE_INDEX, *paint_order]:
         if label in layers:
@@ -111,8 +112,8 @@ def paint(layers: dict[int, dict], paint_order: list[int], height, width) -> np.
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of (H, W) or (H, W, 3) uint8, without a filter. Pillow tries five on each row of
-    what has long runs anyway, and takes twice as long."""
+    """A PNG file of (H, W) or (H, W, 3) uint8, without filters. Pillow tries five filters per row,
+    which takes twice as long and gains nothing on long runs."""
     height, width = pixels.shape[:2]
     rows = pixels.reshape(height, -1)
     filtered = np.zeros((height, 1 + rows.shape[1]), dtype=np.uint8)  # 0 before each: no filter
@@ -129,7 +130,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def mask_files(mask: np.ndarray, colors: tuple) -> tuple[bytes, bytes, dict]:
-    """The index PNG and the coloured PNG of a mask, and what the manifest's row says of it."""
+    """The index PNG and the coloured PNG of a mask, and its entries for the manifest."""
     counts = Image.fromarray(mask).histogram()
     pixels = {str(label): count for label, count in enumerate(counts[: len(colors)]) if count}
     counted = {"checksum": zlib.crc32(mask), "pixels": pixels, "ignored": counts[IGNORE_INDEX]}
@@ -138,16 +139,16 @@ def mask_files(mask: np.ndarray, colors: tuple) -> tuple[bytes, bytes, dict]:
 
 @lru_cache(maxsize=1024)
 def blank_files(height: int, width: int, colors: tuple) -> tuple[bytes, bytes, dict]:
-    """`mask_files` of an image that holds none of the classes: made once per size."""
+    """`mask_files` of an image without any of the classes, made once per size."""
     return mask_files(np.zeros((height, width), dtype=np.uint8), colors)
 
 
 def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, int, str | None]:
-    """Height and width of an image as annotated, and which way the size shows EXIF to go, "stored"
-    or "upright"; "unclear" if it does not show it, None if EXIF turns nothing.
+    """Height and width of an image as annotated, and what they say about EXIF: "upright" if its
+    rotation was applied, "stored" if not, "unclear" if that cannot be told, None if there is none.
 
-    Without a stated size the file's is taken. Raises Unusable where they differ, or the file is
-    damaged: in its header, or with --check anywhere.
+    Without a stated size, that of the file is taken. Raises Unusable if the sizes differ, or if the
+    file is damaged: in its header, or with --check anywhere.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -173,7 +174,7 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
 
 
 def read_places(path: Path, places: list[tuple]) -> Iterator[tuple[int, dict]]:
-    """(label, annotation) of each (label, start, end) in an annotation file."""
+    """(label, annotation) for each (label, start, end) in an annotation file."""
     with open(path, "rb") as file:
         for label, start, end in places:
             file.seek(start)
@@ -181,9 +182,9 @@ def read_places(path: Path, places: list[tuple]) -> Iterator[tuple[int, dict]]:
 
 
 def prepare_image(task: Task, work: Work) -> dict:
-    """Write one image's masks. Returns its row of the manifest, and with it what does not stay
-    there: the `COUNTS` in "counts", "exif" as of `check_image`, and in "skipped" pairs of an
-    annotation's id and a reason; of an "unusable" image only that word, why, and "skipped"."""
+    """Write the masks of one image. Returns its row of the manifest, and in the same dict "counts"
+    (the `COUNTS`), "exif" (of `check_image`) and "skipped" (pairs of annotation id and reason). If
+    the image cannot be used, returns only "unusable", the reason, and "skipped"."""
     skipped, counts = [], {}
     size, mask = (task.height, task.width), None
     try:
@@ -221,16 +222,16 @@ def _start_worker() -> None:
 
 
 def start_pool(workers: int) -> ProcessPoolExecutor:
-    """Worker processes. On Linux they fork, which costs neither a second import nor its memory."""
+    """Worker processes. On Linux they fork, which saves a second import and its memory."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    pool.submit(os.getpid).result()  # starts them now, while this process is small
+    pool.submit(os.getpid).result()  # starts them now, while this process is still small
     return pool
 
 
 def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tuple:
-    """The manifest's rows of the usable images; the `COLUMNS` and `COUNTS` by label; and of each
-    split how many images there are of each "exif". What could not be used is added to `skipped`."""
+    """The manifest rows of the usable images; the `COLUMNS` and `COUNTS` by label; and how often
+    each "exif" occurs in each split. What could not be used is added to `skipped`."""
     prepare, rows, exif = partial(prepare_image, work=work), [], defaultdict(Counter)
     totals = {name: Counter() for name in (*COLUMNS, *COUNTS)}
     results = pool.map(prepare, tasks, chunksize=16) if pool else map(prepare, tasks)
@@ -260,7 +261,7 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
 def refuse_nothing(
     totals: dict, classes: list[str], args: argparse.Namespace, skipped: Skipped
 ) -> None:
-    """Raise UserError, with the likely reason, where no mask holds a pixel of any class."""
+    """Raise UserError, with the likely reason, if no mask holds a pixel of any class."""
     if totals["pixels"].keys() - {"0"}:
         return
     remedy = "; ".join(skipped.lines())
@@ -278,10 +279,10 @@ def refuse_nothing(
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A folder for masks and manifest, which take the places of those in `out` if all goes well:
-    until then, and if it does not, those of an earlier run stay as they are.
+    """A folder for masks and manifest. They replace those in `out` if all goes well; until then,
+    and if it does not, those of an earlier run stay as they are.
 
-    Raises UserError where `out` is in use, or holds what this script did not write.
+    Raises UserError if `out` is in use, or holds what this script did not write.
     """
     manifest, work, new = out / "manifest.json", out / ".preparing", not out.exists()
     names = (manifest.name, *FOLDERS)
@@ -297,7 +298,7 @@ def replacing(out: Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
-            # The manifest goes first and comes last: where it is, the masks are complete.
+            # The old manifest leaves first and the new one comes last: it means complete masks.
             moves = [(out / name, work / f"{name}.old") for name in names if (out / name).exists()]
             moves += [(work / name, out / name) for name in reversed(names)]
             try:
@@ -313,7 +314,7 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def files_by_stem(folder: Path, suffix: str, without: set) -> dict[str, str]:
-    """The image files below a folder whose stems end with `suffix`, by what stands before it."""
+    """The image files below a folder whose stems end with `suffix`, by the part before it."""
     found, kinds = {}, Image.registered_extensions()
     for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):
         stem, end = os.path.splitext(name.replace(os.sep, "/"))
@@ -327,8 +328,8 @@ def files_by_stem(folder: Path, suffix: str, without: set) -> dict[str, str]:
 
 
 def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped) -> list[Task]:
-    """A task for each image that has a mask of the same name below its own folder, but for the
-    endings of the stems, `suffixes`: the masks' and the images'."""
+    """A task for each image that has a mask with the same path below its folder, apart from the
+    `suffixes` of the stems, those of masks and of images."""
     split, folder, tasks = source.split, source.folders[0], []
     masks = files_by_stem(source.path, suffixes[0], set())
     taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
@@ -385,7 +386,7 @@ def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[s
 
 
 def paint_order(priority: list[str], classes: list[str]) -> list[int]:
-    """Labels from what is painted first to what wins. Raises UserError for an unknown name."""
+    """Labels in the order of painting; the last one wins. Raises UserError for an unknown name."""
     if len(classes) > IGNORE_INDEX:
         raise UserError(f"{len(classes) - 1} classes: at most {IGNORE_INDEX - 1} fit 8-bit masks")
     for name in priority:
@@ -427,7 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Checked arguments; `split` and `images_dir` are as many as the files, `codes` a dict."""
+    """Checked arguments. There are as many `split` and `images_dir` as files; `codes` is a dict."""
     parser = build_parser()
     args = parser.parse_args(argv)
     paths = args.annotations or args.masks or []
@@ -462,8 +463,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
-    """The label of each value, or (red, green, blue), that masks may hold. The background is 0, or
-    black, unless it is among the classes."""
+    """The label of each value, or (red, green, blue), that masks may hold. The background is 0 or
+    black, unless it is named among the classes."""
 
     def parsed(text: str) -> int | tuple:
         try:
@@ -489,18 +490,18 @@ def mask_codes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dic
 
 
 def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
-    """Which way EXIF goes in each split, "stored" or "upright": as the sizes of its images show, or
-    else those of the other splits, which the same tool has written; or else as COCO, "stored"."""
+    """Whether each split was annotated on "stored" or "upright" pictures: as its sizes show, or
+    else those of the other splits, which the same tool wrote; by default as in COCO, "stored"."""
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
-        seen = f"note: EXIF turns {total['unclear']} images, and their sizes do not show whether it"
-        print(f"{seen} did for the annotator: if masks_colored is wrong, say --exif upright")
+        seen = f"note: EXIF rotates {total['unclear']} images, and their sizes do not show whether
+        it" print(f"{seen} did when they were annotated: if masks look wrong, say --exif upright")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
     return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
 
 
 def print_notes(totals: dict[str, Counter], classes: list[str], crowd: str) -> None:
-    """Say what may not be as it was meant: much that is a crowd, hidden, or a ring in a ring."""
+    """Point out what may not be intended: many crowds, covered classes, rings in rings."""
     hidden = []
     for label, name in enumerate(classes):
         crowds, instances, crowded, drawn, pixels = (

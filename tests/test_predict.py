@@ -345,7 +345,7 @@ def test_a_mask_for_every_kind_of_file(lively, tmp_path, capsys):
     assert "note:" not in capsys.readouterr().err
     # COCO annotates pixels as stored, and so the network was trained.
     masks, _ = run(lively, tmp_path / "stored", images / "turned6.jpg")
-    assert "turned6.jpg, but it is taken as stored" in capsys.readouterr().err
+    assert "turned6.jpg, but it is used as stored" in capsys.readouterr().err
     assert masks["turned6"].shape == (40, 24)
 
 
