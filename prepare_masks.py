@@ -494,8 +494,10 @@ def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
     else those of the other splits, which the same tool wrote; by default as in COCO, "stored"."""
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
-        seen = f"note: EXIF rotates {total['unclear']} images, and their sizes do not show whether
-        it" print(f"{seen} did when they were annotated: if masks look wrong, say --exif upright")
+        seen = (
+            f"note: EXIF rotates {total['unclear']} images; whether it did when they were annotated"
+        )
+        print(f"{seen}, no size shows: if the masks look wrong, say --exif upright")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
     return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
 
