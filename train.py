@@ -3,9 +3,9 @@
     python train.py --data data --model deeplab --focal --oversample 4
     python train.py --resume runs/deeplab-focal-oversample4/last.pt
 
-A run directory holds args.json, metrics.jsonl (one line per epoch) and curves.svg, which a browser
-shows while the run goes on, last.pt and best.pt (highest foreground mIoU). Ctrl-C saves and says
-how to go on.
+A run directory holds args.json, metrics.jsonl (one line per epoch), curves.svg, which a browser can
+show during the run, last.pt and best.pt (highest foreground mIoU). Ctrl-C saves and prints the
+command that continues.
 """
 
 import argparse
@@ -41,13 +41,13 @@ from losses import Totals, class_weights, pixel_weights, total_dice_sums, total_
 from report import curves
 
 WARMUP = 0.03  # share of all steps
-TIMED = 3  # steps after which a CPU's time per epoch is told
+TIMED = 3  # steps after which the time per epoch on a CPU is printed
 LOG_EVERY = 20  # steps between two readings of the loss
-MUCH_WAITING = 0.2  # share of an epoch that a GPU may wait for data before the user hears of it
+MUCH_WAITING = 0.2  # share of an epoch that a GPU may wait for data before the user is told
 LITTLE = 0.01  # foreground mIoU of a network that has learnt only the background
-TELL_EVERY = 30  # seconds between two lines of it in a log, where there is no bar
+TELL_EVERY = 30  # seconds between two lines on the loss in a log, where there is no bar
 LOGGED_IMAGES = 4
-# What a resumed run may change; of the first two the product is checked, the images of a step.
+# What a resumed run may change. The product of the first two, the images per step, must stay.
 FREE_ARGUMENTS = {"batch_size", "accumulate", "data", "epochs", "workers", "device", "compile"}
 FREE_ARGUMENTS |= {"amp", "save_every", "wandb", "out", "resume", "coco_root", "lr"}
 WANDB_LIMITS = {"init_timeout": 60, "finish_timeout": 180, "finish_timeout_raises": True}
@@ -56,7 +56,7 @@ PROGRESS = ("epoch", "batch", "step", "best", "history")  # of a Run, in its che
 
 
 def learning_rate(step: int, total: int, base: float) -> float:
-    """Linear warm-up, then polynomial decay to 0 at step `total`: a function of the step alone.
+    """Linear warm-up, then polynomial decay to 0 at step `total`: a function of the step only.
 
     Source: the "poly" policy of Liu et al. 2015 (ParseNet), power 0.9 as in DeepLab.
     """
@@ -69,11 +69,12 @@ def learning_rate(step: int, total: int, base: float) -> float:
 class Run:
     """A training run: data and model, built from the arguments; the loop; the run directory.
 
-    `batch` steps of `epoch` are done, `step` in all; `history` holds the lines of metrics.jsonl.
+    `batch` steps of `epoch` are done, and `step` in all. `history` holds the lines of
+    metrics.jsonl.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, weights: str):
-        """The initial weights are a function of the seed, and of the pretrained `weights`."""
+        """The initial weights are a function of the seed and the pretrained `weights`."""
         self.args, self.device, self.out = args, device, Path(args.out)
         self.dtype = models.amp_dtype(args.amp, device)
         self.epoch, self.batch, self.step, self.best, self.history = 0, 0, 0, -1.0, []
@@ -104,7 +105,7 @@ class Run:
         self.describe(train_indices, pixels / pixels.sum())
 
     def build(self, pixels: np.ndarray, weights: str) -> None:
-        """The network, what weighs its loss, and its optimizer. `pixels`: (C,) that are drawn."""
+        """Build network, class weights and optimizer. `pixels`: (C,), those of one epoch."""
         args, device, classes = self.args, self.device, self.manifest.classes
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
         weight = class_weights(pixels) if args.weighted else torch.ones(len(pixels))
@@ -130,7 +131,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def describe(self, train_indices: np.ndarray, shares: np.ndarray) -> None:
-        """Print what is about to be trained, on what, and how the pixels are shared."""
+        """Print what is about to be trained, on which images, and the shares of the classes."""
         args, classes, batches = self.args, self.manifest.classes, self.batches
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         precision = str(self.dtype or torch.float32).removeprefix("torch.")
@@ -138,7 +139,7 @@ class Run:
         counts = f"{len(train_indices)} training and {len(self.val_indices)} validation images"
         say(f"{counts}, {batches.images_per_step} images per step")
         if args.fresh:
-            say(f"start: {args.weights}, but for {', '.join(args.fresh)}, which start fresh")
+            say(f"start: {args.weights}, except {', '.join(args.fresh)}, which start fresh")
         say("pixels:", ", ".join(f"{n} {s:.2%}" for n, s in zip(classes, shares)))
         if not self.manifest.pixels[self.val_indices, 1:].any():
             say("warning: no validation image holds a pixel of any class: there is no best.pt")
@@ -149,7 +150,8 @@ class Run:
             say("class weights:", {name: round(w, 2) for name, w in self.named_weights.items()})
 
     def begin(self, new: bool) -> None:
-        """Write args.json into the run directory, which no other run may have taken, and log."""
+        """Start the log: write args.json into the run directory, unless another run has taken
+        it."""
         args = self.args
         if new:
             refuse_taken(self.out / "last.pt")  # since the arguments were checked
@@ -168,7 +170,7 @@ class Run:
             self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
 
     def fit(self) -> None:
-        """The epochs that are left; of a network that starts from weights, first what these do."""
+        """Train the epochs that are left. A network that starts from weights is validated first."""
         self.started += time.perf_counter()
         if not self.history and self.args.weights != "none":
             self.validate({})
@@ -183,11 +185,11 @@ class Run:
             flags = {"--dice": "dice", "--balance 0.5": "balance", "--weighted": "weighted"}
             unused = [flag for flag, name in flags.items() if not getattr(self.args, name)]
             remedy = " ".join([*unused, "with more --epochs, or another --lr"])
-            say(f"that is background and little else: try {remedy} (README: Little data)")
+            say(f"that is little more than background: try {remedy} (README: Little data)")
 
     def train_one_epoch(self) -> dict[str, float]:
-        """The rest of the current epoch. Returns what metrics.jsonl says of it: mean loss, images
-        per second, and the share of the time that it waited for data."""
+        """Train the rest of the current epoch. Returns its entries for metrics.jsonl: mean loss,
+        images per second, and the share of the time spent waiting for data."""
         args, batches, first, parts = self.args, self.batches, self.batch, []
         batches.set_epoch(self.epoch, start=first)
         self.model.train()
@@ -263,13 +265,14 @@ class Run:
         return mean_over_ranks(loss)
 
     def autocast(self) -> torch.autocast:
-        """What a forward runs in."""
+        """The context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     @torch.no_grad()
     def dice_of_parts(self, batches: list[list[Tensor]]) -> Tensor:
-        """`Totals.dice` of a step in parts, on which the gradient of its first part depends: by one
-        more forward of each, in which batch norm keeps the statistics that it has."""
+        """`Totals.dice` of a step in several parts, which the gradient of the first part needs.
+        Takes one more forward pass per part, which leaves the statistics of batch norm as they
+        are."""
         sums = 0
         for images, masks in batches:
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -279,14 +282,14 @@ class Run:
         return mean_over_ranks(sums)
 
     def mean_loss(self) -> float:
-        """Mean loss of the epoch so far, read from the device. Raises UserError if not finite."""
+        """Mean loss of the epoch so far; waits for the device. Raises UserError if not finite."""
         loss = self.loss_sum.item() / self.batch
         self.require(math.isfinite(loss), f"the loss became {loss}")
         self.checked_step = self.step
         return loss
 
     def require(self, finite: bool, what: str) -> None:
-        """Raise UserError, with the last good checkpoint, unless what is trained is finite."""
+        """Raise UserError, naming the last good checkpoint, if training is no longer finite."""
         if not finite:
             first = min(self.checked_step + 1, self.step)
             steps = f"in one of the steps {first} to {self.step}"
@@ -295,7 +298,7 @@ class Run:
             raise UserError(f"{what} {steps}: lower --lr or try --amp off{kept}")
 
     def tell_duration(self, seconds: float) -> None:
-        """How long a CPU will take, from the seconds of a step: once, before it is waited for."""
+        """Say how long a CPU will take, from the seconds per step: once, at the beginning."""
         hours = seconds * self.batches.steps / 3600
         if self.told_duration or hours < 1 / 60:
             return
@@ -306,8 +309,8 @@ class Run:
             say("lower --size and --batch-size (128 and 4), or take --model unet --width 16")
 
     def tell_loss(self, bar: tqdm, seconds: float, steps: int) -> None:
-        """The loss and the time left of the run for the bar, of which `steps` took these seconds,
-        and where there is none a line each half minute; for W&B too."""
+        """Show the loss and the time left, from the `seconds` of the last `steps`: in the bar, or
+        if there is none in a line every half minute; and in W&B."""
         loss, per_epoch = self.mean_loss(), seconds / steps * self.batches.steps
         per_epoch = max(per_epoch, self.history[-1]["seconds"] if self.epoch else 0)
         left = (self.args.epochs - self.epoch - self.batch / self.batches.steps) * per_epoch
@@ -320,9 +323,9 @@ class Run:
             self.try_wandb(self.wandb.log, {"train/epoch_loss": loss}, step=self.step)
 
     def validate(self, trained: dict[str, float]) -> None:
-        """Evaluate, save, log, end the epoch that was `trained`, if there was one: best.pt if it is
-        the best, last.pt in any case."""
-        self.save("last.pt")  # whatever ends the validation, the epoch is done
+        """Evaluate, save and log, and end the epoch that was `trained`, if there was one. Writes
+        last.pt, and best.pt if this is the best so far."""
+        self.save("last.pt")  # if the validation is interrupted, the epoch is not lost
         distributed.share_buffers(self.model)
         torch.backends.cudnn.benchmark = False
         between = self.check_signal
@@ -366,7 +369,7 @@ class Run:
             self.try_wandb(log_wandb, self.wandb, line, better, examples)
 
     def draw_curves(self) -> None:
-        """Write curves.svg, which a browser shows while the run goes on."""
+        """Write curves.svg, which a browser can show during the run."""
         drawing = curves(self.history, self.manifest.classes, self.manifest.colors)
         try:
             if rank() == 0:
@@ -375,12 +378,12 @@ class Run:
             say(f"warning: {error}")
 
     def skipped_steps(self) -> int:
-        """Steps that fp16's scaler left out for gradients that overflow; read from the device."""
+        """Steps that the scaler of fp16 skipped, as gradients overflowed; waits for the device."""
         return self.step - int(next(iter(self.optimizer.state.values()))["step"].item())
 
     def save(self, name: str) -> None:
-        """Write a checkpoint of tensors and plain types, and metrics.jsonl: last.pt with all that
-        --resume needs, best.pt without what only that needs. Never of what is not finite."""
+        """Write a checkpoint of tensors and plain types, and metrics.jsonl. last.pt also has what
+        only --resume needs. Nothing is written that is not finite."""
         if self.batch:
             self.mean_loss()
         weights = self.model.state_dict()
@@ -414,7 +417,7 @@ class Run:
             write_text(self.out / "metrics.jsonl", "".join(lines))
 
     def restore(self, state: dict) -> None:
-        """Put the run where a checkpoint left it. Raises UserError if it cannot go on here."""
+        """Continue from a checkpoint. Raises UserError if that is not possible."""
         if state["fingerprint"] != self.manifest.fingerprint:
             other = f"{self.args.data} holds other masks than the run began with"
             raise UserError(f"{other}: prepare the same again")
@@ -432,7 +435,7 @@ class Run:
         old, new = ((plan["epochs"] * self.batches.steps, plan["lr"]) for plan in plans)
         rate, last = learning_rate(step, *new), learning_rate(max(step - 1, 0), *old)
         if rate != learning_rate(step, *old):
-            say(f"the learning rate goes on at {rate:.1e}, where it was {last:.1e}: see --lr")
+            say(f"the learning rate continues at {rate:.1e}; it was {last:.1e}: see --lr")
         groups = self.optimizer.state_dict()["param_groups"]  # all else in them is as at the start
         groups = [{**group, "lr": last * group["factor"]} for group in groups]
         moments = state["optimizer"]["state"]
@@ -446,8 +449,8 @@ class Run:
         self.origin = began | {"command": f"{began['command']}; {self.origin['command']}"}
 
     def catch_signals(self) -> None:
-        """SIGINT, SIGTERM and a closed terminal ask for a stop after the current step, and a second
-        SIGINT for one at once. Of several ranks the first saves; the others work on until then."""
+        """SIGINT, SIGTERM and a closed terminal stop the run after the current step, and a second
+        SIGINT at once. With several ranks the first one saves; the others work on until then."""
 
         def note(number: int, _) -> None:
             self.signal = number
@@ -458,7 +461,7 @@ class Run:
                 signal.signal(number, signal.SIG_IGN if rank() else note)
 
     def check_signal(self) -> None:
-        """After a signal save, name the command that goes on, and exit as the shell expects."""
+        """After a signal: save, print the command that continues, exit as the shell expects."""
         if not self.signal:
             return
         self.save("last.pt")
@@ -472,7 +475,7 @@ class Run:
         sys.exit(128 + self.signal)
 
     def try_wandb(self, action: Callable, *arguments: object, **named: object) -> object:
-        """Call Weights & Biases, which cannot end a training: if it fails, this says so once."""
+        """Call Weights & Biases. It cannot end a training: a failure is reported once."""
         try:
             return action(*arguments, **named)
         except Exception as error:
@@ -493,7 +496,7 @@ def summary(line: dict, epochs: int, better: bool) -> str:
 
 
 def start_wandb(args: argparse.Namespace, mode: str, run_id: str | None, computed: dict) -> object:
-    """A run of Weights & Biases, with time limits; `run_id` continues one."""
+    """Start a run of Weights & Biases, with time limits; `run_id` continues an earlier one."""
     import wandb  # here, so that --wandb disabled does not need it
 
     if mode == "auto":
@@ -514,7 +517,7 @@ def start_wandb(args: argparse.Namespace, mode: str, run_id: str | None, compute
 
 
 def log_wandb(run, line: dict, better: bool, examples: list) -> None:
-    """Log a line of metrics.jsonl, and a few validation images with masks to switch on."""
+    """Log a line of metrics.jsonl, and a few validation images with masks that can be shown."""
     import wandb
 
     names = ("train_loss", "lr", "images_per_second", "data_wait", "skipped_steps")
@@ -583,7 +586,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """Arguments, complete and checked, and the checkpoint to resume from, if there is one."""
+    """The checked and completed arguments, and the checkpoint to resume from, if there is one."""
     parser, state = build_parser(), None
     args = parser.parse_args(argv)
     if args.resume is None and is_path(args.weights):  # that decides which network it is
@@ -616,8 +619,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
 def resumed(
     parser: argparse.ArgumentParser, args: argparse.Namespace, last: Path, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict]:
-    """The arguments with those of a run as defaults, and its checkpoint, `last` unless --resume
-    names one. What decides a run's results cannot change, but for --lr and --epochs."""
+    """The arguments, with those of the resumed run as defaults, and its checkpoint: `last`, unless
+    --resume names one. Of what decides the results, only --lr and --epochs may change."""
     if not (args.resume or args.out or args.model):
         parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
     path = Path(args.resume or last)
@@ -643,13 +646,14 @@ def is_path(weights: str | None) -> bool:
 
 
 def absolute(weights: str) -> str:
-    """What holds wherever a checkpoint is read that says so."""
+    """The path that is valid in any folder, or the name as it is."""
     return os.path.abspath(weights) if is_path(weights) else weights
 
 
 def check_run(state: dict) -> None:
-    """Raise an error unless the arguments and the progress in a checkpoint are of the kinds that
-    `Run` writes."""
+    """Raise an error unless arguments and progress in a checkpoint have the types that `Run`
+    writes.
+    """
     if "optimizer" not in state:
         return  # which gets a sentence of its own
     _ = state["scaler"], state["wandb_id"], state["args"]["lr"], state["args"]["epochs"]
@@ -671,13 +675,13 @@ def check_run(state: dict) -> None:
 
 
 def refuse_taken(last: Path) -> None:
-    """Raise UserError where a run has its last.pt already."""
+    """Raise UserError if a run has already written last.pt."""
     if last.exists():
         raise UserError(f"{last.parent} holds a run already: --resume it, or take another --out")
 
 
 def default_out(args: argparse.Namespace) -> str:
-    """runs/<model, loss, and what else makes a run another one>."""
+    """runs/<model, loss, and whatever else differs from the defaults>."""
     values, defaults = vars(args), vars(build_parser().parse_args([]))
     switches = ("weighted", "focal", "dice", "freeze_norm", "freeze_backbone")
     parts = [str(args.model), *(name.replace("_", "-") for name in switches if values[name])]
@@ -724,7 +728,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, validating after each epoch; under torchrun as one of its processes."""
+    """Train and validate after each epoch; under torchrun as one of its processes."""
     with distributed.process_group():
         args, state = parse_args(argv)
         device = models.pick_device(args.device)

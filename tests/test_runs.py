@@ -228,7 +228,7 @@ def test_a_rate_that_jumps_is_said_and_can_be_chosen(data, tmp_path, capsys):
     run(data, out, "--epochs", 2)
     capsys.readouterr()
     train.main(["--resume", str(out / "last.pt"), "--epochs", "8"])
-    assert "the learning rate goes on at" in capsys.readouterr().out
+    assert "the learning rate continues at" in capsys.readouterr().out
     train.main(["--resume", str(out / "last.pt"), "--epochs", "9", "--lr", "1e-5"])
     rates = [line["lr"] for line in load_checkpoint(out / "last.pt")["progress"]["history"]]
     assert rates[-1] < 1e-5 < rates[0]
@@ -673,7 +673,7 @@ def test_a_run_starts_from_another_by_class_names(checkpoint, other_data, tmp_pa
     state = load_checkpoint(out / "last.pt")
     assert state["args"]["model"] == "unet"
     assert state["args"]["fresh"] == ["chair"]
-    assert "but for chair, which start fresh" in capsys.readouterr().out
+    assert "except chair, which start fresh" in capsys.readouterr().out
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert [x["epoch"] for x in lines] == [0, 1]  # what the weights do at first, before a step
     found = state["model"]

@@ -660,7 +660,7 @@ def test_a_cpu_is_told_once_how_long_it_takes(capsys):
 
 
 def test_a_run_that_learns_only_the_background_says_what_to_try(data, tmp_path, capsys):
-    sentence = "background and little else: try --dice --balance 0.5"
+    sentence = "little more than background: try --dice --balance 0.5"
     flags = ["--data", str(data), *TINY, "--model", "unet", "--epochs", "1"]
     train.main([*flags, "--lr", "1e-9", "--out", str(tmp_path / "a")])
     assert sentence in capsys.readouterr().out
