@@ -171,18 +171,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="checkpoints; one table for all")
     add("--data", help="data directory, if not the one that the checkpoint was trained on")
     images = ["validation", "training", "all"]
-    add("--images", choices=images, default=images[0], help="those that validated, trained, or all")
+    add(
+        "--images", choices=images, default=images[0], help="images that validated, trained, or all"
+    )
     add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
     add("--other-data", action="store_true", help="accept other masks than those trained on")
-    add("--json", type=Path, metavar="FILE", help="write the report here too")
+    add("--json", type=Path, metavar="FILE", help="also write the report here")
     html = "write a page with tables, curves and pictures, for a browser"
     add("--html", type=Path, metavar="FILE", help=html)
-    add("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables here")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")
-    add("--pick", default="worst", help="which: worst, best, random, or a class name")
-    merge = "a row for runs that differ in --seed only: their mean, lowest and highest"
+    add("--pick", default="worst", help="which images: worst, best, random, or a class")
+    merge = "one row for runs that differ only in --seed: mean, lowest and highest"
     add("--merge-seeds", action="store_true", help=merge)
-    add("--no-intervals", action="store_true", help="no 95%% intervals over images")
+    add("--no-intervals", action="store_true", help="leave out the 95%% intervals over images")
     add("--batch-size", type=int, default=8, help="images, or windows, at once")
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
     add("--size", type=int, help="short side of images, side of windows (default: as in training)")
@@ -193,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Arguments of how a network is run."""
     add = parser.add_argument
-    add("--flip", action="store_true", help="average with what the mirror image gives")
+    add("--flip", action="store_true", help="average with the prediction for the mirror image")
     tile = "run overlapping windows over each picture, for those with far more pixels than trained"
     add("--tile", action="store_true", help=tile)
     scale = "with --tile, pixels of a window per pixel of the picture (default: median in training)"

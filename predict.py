@@ -158,10 +158,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", required=True, metavar="PATH", help="checkpoint")
     add("--images", required=True, nargs="+", metavar="FILE_OR_FOLDER", help=images)
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder to write to")
-    probability = "write probabilities/<stem>.png too, in 255ths: of the labels that are written"
+    probability = "also write probabilities/<stem>.png: of the written labels, in 255ths"
     add("--probabilities", action="store_true", help=probability)
-    add("--classes", nargs="+", metavar="CLASS", help="write these only, others as background")
-    exif = "picture that is segmented (default: as in the training)"
+    add("--classes", nargs="+", metavar="CLASS", help="write only these; others become background")
+    exif = "which picture to segment (default: as in training)"
     add("--exif", choices=["stored", "upright"], help=exif)
     batch = "images, or windows, at once (default: 8 on a GPU; on a CPU 2 images, or 1 window)"
     add("--batch-size", type=int, help=batch)

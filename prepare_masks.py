@@ -402,26 +402,31 @@ def build_parser() -> argparse.ArgumentParser:
     crowds = ["ignore", "class", "background"]
     group = parser.add_argument_group("input: one of the first three")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add("--coco-root", type=Path, help="holds annotation files and images as their tool wrote them")
+    add("--coco-root", type=Path, help="annotation files and images as the tool exported them")
     add("--annotations", type=Path, nargs="+", metavar="FILE", help="COCO files, any layout")
     add("--masks", type=Path, nargs="+", metavar="DIR", help="index or RGB masks, one per image")
     add = group.add_argument
     add("--images-dir", type=Path, nargs="+", metavar="DIR", help="their images: one each, or one")
-    add("--split", nargs="+", help="names (default: val2017, else all that are found)")
+    add("--split", nargs="+", help="names of splits (default: val2017, or else all)")
     add = parser.add_argument_group("masks").add_argument
     add("--out", type=Path, default=Path("data"), help="data directory to write")
     classes = f"labels 1, 2, ... in order; all: every category (default: {' '.join(CLASSES)})"
     add("--classes", nargs="+", help=classes)
-    add("--priority", nargs="+", default=PRIORITY, help="wins overlaps; then the other classes")
-    add("--crowd", choices=crowds, default="ignore", help="crowds become 255, their class, nothing")
-    exif = "which pixels were annotated (default: as the stated sizes show)"
+    add("--priority", nargs="+", default=PRIORITY, help="classes in front, the first wins")
+    add(
+        "--crowd",
+        choices=crowds,
+        default="ignore",
+        help="crowds become 255, their class, or nothing",
+    )
+    exif = "which picture was annotated (default: as the stated sizes show)"
     add("--exif", choices=["stored", "upright"], help=exif)
     add("--colors", nargs="+", help="of --masks: each class's value, or colour as R,G,B or #RRGGBB")
     add("--ignore", nargs="+", default=[], help="of --masks: values or colours that become 255")
-    suffixes = "of --masks: how their stems end, and how those of the images end"
+    suffixes = "of --masks: the end of their stems, and of the images' stems"
     add("--mask-suffix", nargs="+", default=[""], help=suffixes)
     add = parser.add_argument_group("run").add_argument
-    add("--check", action="store_true", help="decode every image, to find those that are cut off")
+    add("--check", action="store_true", help="decode every image, to find truncated ones")
     add("--strict", action="store_true", help="stop at the first thing that cannot be used")
     add("--workers", type=int, default=common.default_workers(), help="processes")
     return parser

@@ -542,13 +542,24 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=os.path.abspath, default="data", help="what prepare_masks.py wrote")
     add("--coco-root", type=os.path.abspath, metavar="ROOT", help="where moved images are now")
-    add("--val-split", metavar="NAME", help="split that validates, not a fifth of all images")
+    add("--val-split", metavar="NAME", help="split to validate on (default: a fifth of the images)")
     add("--group", metavar="REGEX", help="keep images together whose paths give the same match")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
-    add("--oversample", type=int, default=1, metavar="N", help="rare images N times per epoch")
-    balanced = "share of the crops that are drawn by class, each around a pixel of it"
+    add(
+        "--oversample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="repeat images with a rare class N times",
+    )
+    balanced = "share of the crops that are drawn by class and centred on one of its pixels"
     add("--balance", type=float, default=0.0, metavar="SHARE", help=balanced)
-    add("--rare", nargs="+", metavar="CLASS", help="rare classes, instead of those in under 5%%")
+    add(
+        "--rare",
+        nargs="+",
+        metavar="CLASS",
+        help="rare classes (default: in fewer than 5%% of images)",
+    )
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), help="network (required)")
@@ -567,15 +578,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="images at once")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step")
     add("--lr", type=float, help="highest rate (default: 1e-4 from weights, 1e-3 from scratch)")
-    add("--head-lr", type=float, help="of the head (default: 10 times --lr where it starts fresh)")
+    add("--head-lr", type=float, help="rate of the head (default: 10 times --lr if it is fresh)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     compiled = argparse.BooleanOptionalAction
     add("--compile", action=compiled, default=False, help="torch.compile the training forward")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--seed", type=int, default=0, help="of the split, the weights, the order and the crops")
+    add("--seed", type=int, default=0, help="seed of split, weights, order and crops")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
+    add(
+        "--resume", nargs="?", const="", metavar="PATH", help="continue (default: last.pt in --out)"
+    )
     add(
         "--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves of last.pt"
     )
