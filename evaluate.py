@@ -171,9 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="checkpoints; one table for all")
     add("--data", help="data directory, if not the one that the checkpoint was trained on")
     images = ["validation", "training", "all"]
-    add(
-        "--images", choices=images, default=images[0], help="images that validated, trained, or all"
-    )
+    add("--images", choices=images, default=images[0], help="which images to evaluate on")
     add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
     add("--other-data", action="store_true", help="accept other masks than those trained on")
     add("--json", type=Path, metavar="FILE", help="also write the report here")

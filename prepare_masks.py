@@ -413,12 +413,7 @@ def build_parser() -> argparse.ArgumentParser:
     classes = f"labels 1, 2, ... in order; all: every category (default: {' '.join(CLASSES)})"
     add("--classes", nargs="+", help=classes)
     add("--priority", nargs="+", default=PRIORITY, help="classes in front, the first wins")
-    add(
-        "--crowd",
-        choices=crowds,
-        default="ignore",
-        help="crowds become 255, their class, or nothing",
-    )
+    add("--crowd", choices=crowds, default="ignore", help="what crowds become: 255, class, 0")
     exif = "which picture was annotated (default: as the stated sizes show)"
     add("--exif", choices=["stored", "upright"], help=exif)
     add("--colors", nargs="+", help="of --masks: each class's value, or colour as R,G,B or #RRGGBB")

@@ -545,21 +545,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-split", metavar="NAME", help="split to validate on (default: a fifth of the images)")
     add("--group", metavar="REGEX", help="keep images together whose paths give the same match")
     add("--size", type=int, default=512, help="side of training crops, short side in evaluation")
-    add(
-        "--oversample",
-        type=int,
-        default=1,
-        metavar="N",
-        help="repeat images with a rare class N times",
-    )
+    add("--oversample", type=int, default=1, metavar="N", help="use rare images N times per epoch")
     balanced = "share of the crops that are drawn by class and centred on one of its pixels"
     add("--balance", type=float, default=0.0, metavar="SHARE", help=balanced)
-    add(
-        "--rare",
-        nargs="+",
-        metavar="CLASS",
-        help="rare classes (default: in fewer than 5%% of images)",
-    )
+    rare = "rare classes (default: those in fewer than 5%% of the images)"
+    add("--rare", nargs="+", metavar="CLASS", help=rare)
     add("--workers", type=int, default=common.default_workers(), help="loader processes")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), help="network (required)")
@@ -586,9 +576,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of split, weights, order and crops")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
-    add(
-        "--resume", nargs="?", const="", metavar="PATH", help="continue (default: last.pt in --out)"
-    )
+    add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
     add(
         "--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves of last.pt"
     )
