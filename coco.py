@@ -536,7 +536,8 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
                 owners[id_] = str(name)
             skipped.add("images", str(reason), split, name)
     folder, found = locate([row[1] for row in rows], folders)
-    files, missing, prefix = {}, [], Path(os.path.relpath(folder, root)).as_posix()
+    files, doubtful, missing = {}, set(), []
+    prefix = Path(os.path.relpath(folder, root)).as_posix()
     for (id_, name, height, width), below in zip(rows, found):
         path = below or name
         if owners.setdefault(id_, path) != path:
@@ -549,9 +550,13 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
                 raise Unusable(MISSING)
             if below in files:
                 other, its_name = files[below]
-                sizes = {size, (other.height, other.width)}
-                if its_name != name or (len(sizes) > 1 and all(map(all, sizes))):
-                    raise Unusable("another row leads to the same file, by another name or size")
+                sizes = {size, (other.height, other.width)} - {(0, 0)}
+                if (name != its_name and "/" in (name[0], its_name[0])) or len(sizes) > 1:
+                    reason = "two rows lead to the same file, by different paths or sizes"
+                    if below not in doubtful:
+                        skipped.add("images", reason, split, its_name)
+                    doubtful.add(below)
+                    raise Unusable(reason)
                 tasks[id_] = other
                 raise Unusable("another row holds the image: merged")
             if earlier := skipped.earlier(folder / below, task):
@@ -570,7 +575,7 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
             both = f"{earlier.source} and {source} label the same images"
             remedy = "merge the files, or prepare them apart"
             raise UserError(f"{both}, and only the second has {classes[label]}: {remedy}")
-    return [task for task, _ in files.values()]
+    return [task for below, (task, _) in files.items() if below not in doubtful]
 
 
 def _add_annotations(

@@ -495,9 +495,9 @@ def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
         seen = (
-            f"note: EXIF rotates {total['unclear']} images; whether it did when they were annotated"
+            f"note: EXIF rotates {total['unclear']} images, and no size shows whether it did when"
         )
-        print(f"{seen}, no size shows: if the masks look wrong, say --exif upright")
+        print(f"{seen} they were annotated: if the masks look wrong, say --exif upright")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
     return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
 

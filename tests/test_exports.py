@@ -392,7 +392,7 @@ def test_the_longest_end_of_a_name_is_taken(tmp_path):
 
 def test_two_images_of_one_name_are_not_merged(tmp_path):
     """COCO Annotator writes the same "file_name" for both, and a "path"; Darwin states other sizes.
-    What one folder holds of them has the annotations of its own row alone."""
+    Where it is not sure whose annotations they are, the image is left out."""
     for number, folder in enumerate(("cam0", "cam1")):
         write_image(tmp_path / folder / "a.jpg", seed=number)
     rows = [{**image_row(n, "a.jpg"), "path": f"/datasets/x/cam{n}/a.jpg"} for n in range(2)]
@@ -401,12 +401,13 @@ def test_two_images_of_one_name_are_not_merged(tmp_path):
     _, by_name = prepare(tmp_path, "--annotations", path, "--images-dir", tmp_path)
     assert [by_name[f"cam{n}/a.png"]["pixels"]["1"] for n in range(2)] == [16, 12]
     flags = ("--annotations", path, "--images-dir", tmp_path / "cam0")
-    two = {"another row leads to the same file, by another name or size": 1}
+    write_image(tmp_path / "cam0" / "b.jpg", seed=2)
+    two = {"two rows lead to the same file, by different paths or sizes": 2}
     for other in (rows[1], image_row(1, "a.jpg", height=99)):
         own = [rows[0] if "path" in other else image_row(0, "a.jpg"), other]
-        write_json(path, own, anns)
+        write_json(path, [*own, image_row(2, "b.jpg")], [*anns, person(2)])
         manifest, by_name = prepare(tmp_path, *flags)
-        assert by_name["a.png"]["pixels"]["1"] == 16
+        assert list(by_name) == ["b.png"]
         assert reasons(manifest, "images") == two
 
 

@@ -308,14 +308,14 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
     content["images"] += [
         {**content["images"][0]},
         {**content["images"][0], "id": 50},
-        {**content["images"][0], "id": 51, "file_name": "../a.jpg"},
-        {**content["images"][0], "id": 52, "file_name": str(tmp_path / "val2017" / "a.jpg")},
+        {**content["images"][0], "id": 51, "file_name": "../e.jpg"},
+        {**content["images"][0], "id": 52, "file_name": str(tmp_path / "val2017" / "e.jpg")},
         {**content["images"][0], "id": 54, "width": 10**9, "file_name": "d.jpg"},
         {"id": 55},
         {"id": [5]},
         "not an image",
     ]
-    for name in ("c.jpg", "d.jpg"):
+    for name in ("c.jpg", "d.jpg", "e.jpg"):
         (tmp_path / "val2017" / name).write_bytes((tmp_path / "val2017" / "a.jpg").read_bytes())
     content["images"].append({**content["images"][0], "id": 56, "file_name": "c.jpg", "width": 31})
     path.write_text(json.dumps(content))
@@ -329,7 +329,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
               for kind in ("images", "annotations")]  # fmt: skip
     assert counts[0] == {
         "another row holds the image: merged": 2,
-        "another row leads to the same file, by another name or size": 2,
+        "two rows lead to the same file, by different paths or sizes": 2,
         "image without a file name": 1,
         "image without an id": 2,
         "image file has another size than its annotations or its mask": 2,
@@ -343,7 +343,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(tmp_path, capsys):
     first = skipped["annotations"]["annotation of an unknown image"]["examples"][0]
     assert first == {"split": "val2017", "image": 77, "annotation": "#5"}
     err = capsys.readouterr().err
-    assert "skipped 2 x another row leads to the same file, by another name or size" in err
+    assert "skipped 2 x two rows lead to the same file" in err
     assert not list(tmp_path.rglob("../*.png"))
 
 
