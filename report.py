@@ -9,6 +9,7 @@ import base64
 import io
 import math
 import textwrap
+from contextlib import suppress
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -310,13 +311,13 @@ def _strip(example: Example, colors: list) -> Image.Image:
     for column, picture in enumerate(drawn):
         left = column * (PANEL + GAP) + GAP // 2 + (PANEL - width) // 2  # portraits: centred
         strip.paste(picture, (left, 2))
-    font = ImageFont.load_default(13)
+    font = _font(13, example.caption)
     ImageDraw.Draw(strip).multiline_text((GAP, height + 5), "\n".join(lines), "black", font)
     return strip
 
 
 def _legend(classes: list[str], colors: list) -> Image.Image:
-    keys, font = _keys(classes, colors), ImageFont.load_default(15)
+    keys, font = _keys(classes, colors), _font(15, "".join(classes))
     widest = 33 + max(font.getlength(name) for name, _ in keys)
     columns = max(1, min(KEYS, int(WIDTH / widest)))
     legend = Image.new("RGB", (WIDTH, 26 * math.ceil(len(keys) / columns) + 24), "white")
@@ -329,6 +330,15 @@ def _legend(classes: list[str], colors: list) -> Image.Image:
         x = column * (PANEL + GAP) + (PANEL - font.getlength(title)) / 2
         draw.text((x, legend.height - 20), title, "black", font)
     return legend
+
+
+def _font(size: int, words: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has few letters; for others one of the system's, if it has one."""
+    if not words.isascii():
+        for name in ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf"):
+            with suppress(OSError):
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _keys(classes: list[str], colors: list) -> list[tuple]:

@@ -188,7 +188,9 @@ def test_a_run_draws_its_curves(data, tmp_path, monkeypatch, capsys):
     assert "warning: cannot write" in capsys.readouterr().out
     state = load_checkpoint(run / "last.pt")
     assert state["progress"]["epoch"] == 3
-    assert state["origin"] == began == json.loads((run / "args.json").read_text())["origin"]
+    both = f"{began['command']}; python train.py --resume"  # what makes the run again
+    assert state["origin"] == began | {"command": both}
+    assert state["origin"] == json.loads((run / "args.json").read_text())["origin"]
     assert models.origin(torch.device("cpu"))["command"] == "python train.py --resume"
 
 
@@ -292,3 +294,14 @@ def test_the_layers_switch_without_javascript(browser, tmp_path):
     page.set_viewport_size({"width": 1400, "height": 900})
     assert all(figure.is_visible() for figure in box.locator("figure").all())
     context.close()
+
+
+def test_long_names_stand_whole_in_the_legend_and_beside_each_other():
+    names = ["construction--barrier--fence", "construction--barrier--guard-rail", "läuferin"]
+    colors = [(0, 0, 0), (9, 9, 200), (9, 200, 9), (200, 9, 9)]
+    pixels = np.array(report._legend(["background", *names], colors)).astype(int)[6:24]
+    lefts = [np.flatnonzero((pixels[8] == color).all(axis=1))[0] for color in colors[1:]]
+    for left, end in zip(lefts, [*lefts[1:], report.WIDTH]):
+        dark = np.flatnonzero((pixels[:, left + 20 : end - 3].sum(axis=2) < 384).any(axis=0))
+        assert 30 < dark[-1] < end - 3 - left - 20 - 4  # a gap before the next one
+    assert report._font(15, "person").getname() == report.ImageFont.load_default(15).getname()
