@@ -445,8 +445,10 @@ class Run:
         self.loss_sum += state["progress"]["loss_sum"]
         self.started = -state["progress"].get("seconds", 0)
         self.checked_step, self.wandb_id = self.step, state["wandb_id"]
-        began = state.get("origin", self.origin)
-        self.origin = began | {"command": f"{began['command']}; {self.origin['command']}"}
+        began, command = state.get("origin", self.origin), self.origin["command"]
+        if command not in began["command"]:  # as it is where torchrun repeats it
+            began = began | {"command": f"{began['command']}; {command}"}
+        self.origin = began
 
     def catch_signals(self) -> None:
         """SIGINT, SIGTERM and a closed terminal stop the run after the current step, and a second
