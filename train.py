@@ -446,8 +446,9 @@ class Run:
         self.started = -state["progress"].get("seconds", 0)
         self.checked_step, self.wandb_id = self.step, state["wandb_id"]
         began, command = state.get("origin", self.origin), self.origin["command"]
-        if command not in began["command"]:  # as it is where torchrun repeats it
-            began = began | {"command": f"{began['command']}; {command}"}
+        before = began.get("command", "")
+        if command not in before:  # as it is where torchrun repeats it
+            began = began | {"command": f"{before}; {command}"}
         self.origin = began
 
     def catch_signals(self) -> None:
