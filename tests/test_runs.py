@@ -499,7 +499,7 @@ def test_a_regular_expression_is_no_glob(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path)
     args = train.build_parser().parse_args(["--group", ".*/", "--rare", "?", "--data", "?"])
-    assert (args.group, args.rare, args.data) == (".*/", ["?"], "x")
+    assert (args.group, args.rare, args.data) == (".*/", ["?"], str(tmp_path / "x"))
 
 
 def test_paths_of_a_run_hold_elsewhere_and_when_the_command_is_repeated(
