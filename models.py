@@ -193,16 +193,16 @@ def build_model(name: str, classes: list[str], width: int = 64, weights: str = "
     model = MODELS[name](len(classes), width)
     if weights == "imagenet":
         state = pretrained_state(ResNet50_Weights.IMAGENET1K_V2)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         model.backbone.load_state_dict(state)
     elif weights != "none":
         state = pretrained_state(DONOR) if weights == "coco" else load_checkpoint(weights)["model"]
         rows = donor_rows(classes, weights)
         for head in model.HEADS:
-            for name in (f"{head}.weight", f"{head}.bias"):
-                values = model.get_parameter(name).detach().clone()
-                values[list(rows)] = state[name][list(rows.values())]
-                state[name] = values
+            for key in (f"{head}.weight", f"{head}.bias"):
+                values = model.get_parameter(key).detach().clone()
+                values[list(rows)] = state[key][list(rows.values())]
+                state[key] = values
         model.load_state_dict(state)
     return model.to(memory_format=torch.channels_last)
 
