@@ -146,8 +146,7 @@ def draw_over(image: Image.Image, labels: np.ndarray, draw: Callable) -> None:
         # With the rows beside them, on which outlines depend.
         first, last = max(0, top - 1), min(image.height, top + height + 1)
         strip = draw(image.crop((0, first, image.width, last)), labels[first:last])
-        below = min(image.height, top + height)
-        image.paste(strip.crop((0, top - first, image.width, below - first)), (0, top))
+        image.paste(strip.crop((0, top - first, image.width, top - first + height)), (0, top))
 
 
 def build_parser() -> argparse.ArgumentParser:
