@@ -157,7 +157,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             yield file
             if sync:
                 file.flush()
-                _sync(file)
+                with _tolerated(f"the disk of {file.name} knows no fsync"):
+                    os.fsync(file.fileno())
         rename(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -170,25 +171,25 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
         raise UserError(f"cannot write {path} ({reason}): {remedy}") from None
 
 
-def _sync(file: BinaryIO) -> None:
+@contextmanager
+def _tolerated(warning: str) -> Iterator[None]:
+    """Warns about what a file system cannot do, instead of an error."""
     try:
-        os.fsync(file.fileno())
+        yield
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        print(f"warning: the disk of {file.name} knows no fsync ({error})", file=sys.stderr)
+        print(f"warning: {warning} ({error})", file=sys.stderr)
 
 
 def rename(temporary: Path, path: Path) -> None:
     """Rename; retry for a few seconds while a virus scanner or a network drive holds the file."""
-    for pause in (0.1, 0.3, 1, 3, None):
-        try:
+    for pause in (0.1, 0.3, 1, 3):
+        with suppress(PermissionError):
             os.replace(temporary, path)
             return
-        except PermissionError:
-            if pause is None:
-                raise
-            time.sleep(pause)
+        time.sleep(pause)
+    os.replace(temporary, path)
 
 
 @contextmanager
@@ -198,21 +199,18 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
-            if sys.platform == "win32":
-                import msvcrt
+            with _tolerated(f"the disk of {folder} knows no locks"):
+                if sys.platform == "win32":
+                    import msvcrt
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl  # whose lockf's lock is not its children's, as flock's
 
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not its children's, as by flock
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             remedy = "wait until it has ended, or take another --out"
             raise UserError(f"{folder} is in use by another run: {remedy}") from None
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            print(f"warning: the disk of {folder} knows no locks ({error})", file=sys.stderr)
         yield
 
 
