@@ -58,16 +58,14 @@ def find_files(names: list[str]) -> list[Path]:
     return list(files.values())
 
 
-def read(path: Path, upright: bool) -> Image.Image | UserError:
-    """The image, rotated by EXIF if `upright`, or the reason why it cannot be used."""
+def read(path: Path, upright: bool) -> Image.Image:
+    """The image, rotated by EXIF if `upright`. Raises UserError if it cannot be used."""
     if not path.is_file():  # opening a pipe would wait forever
-        return UserError(f"{path} is not a file")
-    try:
-        image = read_image(path, upright=upright)
-    except UserError as error:
-        return error
-    longest = f"{path} has {max(image.size)} pixels per side, a JPEG at most {LONGEST_JPEG}"
-    return UserError(longest) if max(image.size) > LONGEST_JPEG else image
+        raise UserError(f"{path} is not a file")
+    image = read_image(path, upright=upright)
+    if (longest := max(image.size)) > LONGEST_JPEG:
+        raise UserError(f"{path} has {longest} pixels per side, a JPEG at most {LONGEST_JPEG}")
+    return image
 
 
 def batches(
@@ -78,20 +76,21 @@ def batches(
     stems, told = {}, upright
     for first in tqdm(range(0, len(files), batch_size), unit="batch", disable=None):
         chunk, groups = files[first : first + batch_size], defaultdict(list)
-        images = pool.map(partial(read, upright=upright), chunk)
-        for path, image in zip(chunk, images):
-            taken = stems.get(path.stem.casefold())  # some file systems know no case
-            if not isinstance(image, UserError) and taken:
-                image = UserError(f"{path} would have the same outputs as {taken}")
-            if isinstance(image, UserError):
-                tqdm.write(f"skipped: {image}", file=sys.stderr)
+        futures = [pool.submit(read, path, upright) for path in chunk]
+        for path, future in zip(chunk, futures):
+            try:
+                image = future.result()
+                stem = path.stem.casefold()  # some file systems know no case
+                if (taken := stems.setdefault(stem, path)) != path:
+                    raise UserError(f"{path} would have the same outputs as {taken}")
+            except UserError as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
-            stems[path.stem.casefold()] = path
             if not told and orientation(image) != 1:
                 told = f"note: EXIF rotates {path}, but it is used as stored, as in training"
                 tqdm.write(f"{told}: say --exif upright for what a viewer shows", file=sys.stderr)
             groups[padded_size(image.height, image.width, size)].append((path, image))
-        del image
+        image = future = futures = None
         while groups:
             yield groups.popitem()[1]
 
