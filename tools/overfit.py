@@ -93,7 +93,7 @@ def main() -> None:
             lines = out / "metrics.jsonl"
             done = lines.read_text().count("\n") if lines.exists() else 0
             if done < SETTINGS[model]["epochs"]:
-                train.main([*(["--resume"] if done else flags), "--out", str(out)])
+                train.main([*(["--resume"] if lines.exists() else flags), "--out", str(out)])
             checkpoints.append(str(out / "best.pt"))
     evaluate.main(["--ckpt", *checkpoints, "--panels", "8"])
 
