@@ -241,8 +241,7 @@ class Skipped:
             raise
         except OSError:  # a link that leads nowhere
             raise Unusable(MISSING) from None
-        name = task.mask.removeprefix(f"{task.split}/")
-        for key in ((stat.st_dev, stat.st_ino), (task.id, name, stat.st_size)):
+        for key in ((stat.st_dev, stat.st_ino), (task.id, task.mask, stat.st_size)):
             other, known = self.seen.setdefault(key, (path, task))
             same = known.split != task.split
             if same and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
@@ -522,9 +521,9 @@ def mask_names(paths: list[str]) -> list[str]:
 
 
 def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) -> list[Task]:
-    """The tasks of a split, in which `mask` is still the image's path below a folder per split.
-    Raises UserError if two files share an id, if most images are missing, or if an earlier split
-    has the same image without a class that this split labels."""
+    """The tasks of a split, in which `mask` is still the image's own path. Raises UserError if two
+    files share an id, if most images are missing, or if an earlier split has the same image without
+    a class that this split labels."""
     (split, source, folders), rows, owners, tasks, shared = index.source, [], {}, {}, {}
     for id_, name, height, width in index.images:
         try:
@@ -544,7 +543,7 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
             two = f"{owners[id_]} and {path} share the id {id_}"
             raise UserError(f"{source}: {two}: give each image an id of its own")
         size, file = (height, width), f"{prefix}/{below}".removeprefix("./")
-        task = Task(id_, split, file, f"{split}/{below}", *size, source, [])
+        task = Task(id_, split, file, below, *size, source, [])
         try:
             if not below:
                 raise Unusable(MISSING)

@@ -33,8 +33,6 @@ BACKGROUND = "background"
 IGNORE_COLOR = (255, 255, 255)
 # Colour-blind safe (Okabe and Ito); further classes take hues in golden-ratio steps.
 COLORS = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]
-
-
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # by a file system
 DEATH = r"DataLoader worker .* (exited unexpectedly|is killed by signal)|DataLoader timed out"
 

@@ -342,7 +342,7 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
             continue
         path, mask = folder / image, source.path / mask
         file = Path(os.path.relpath(path, root)).as_posix()
-        task = Task(stem, split, file, f"{split}/{image}", 0, 0, mask, None)
+        task = Task(stem, split, file, image, 0, 0, mask, None)
         try:
             if not (earlier := skipped.earlier(path, task)):
                 tasks.append(task)
@@ -377,9 +377,8 @@ def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[s
         classes = coco.choose_classes(args.classes, indexes)
         found = (coco.split_tasks(index, root, classes, skipped) for index in indexes)
     tasks = [task for part in found for task in part]
-    if len(sources) == 1:
-        tasks = [task._replace(mask=task.mask.removeprefix(f"{task.split}/")) for task in tasks]
-    names = mask_names([task.mask for task in tasks])
+    paths = [f"{task.split}/{task.mask}" if len(sources) > 1 else task.mask for task in tasks]
+    names = mask_names(paths)
     return root, classes, [task._replace(mask=name) for task, name in zip(tasks, names)]
 
 
