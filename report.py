@@ -223,19 +223,19 @@ def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str
     parts.append(f'<line class="best" x1="{x}" x2="{x}" y1="{TOP}" y2="{BOTTOM}"/>')
     named = sorted(known[1:], key=lambda one: -one[1][-1][1])
     named = known[:1] + (named if len(named) <= MANY else named[: MANY // 2] + named[-MANY // 2 :])
-    heights = _spread([place(*points[-1])[1] for _, points, _ in named])
     for one in reversed(known):  # the first lies above the others
         name, points, color = one
         line = " ".join("{},{}".format(*place(*point)) for point in points)
         kind = "mean" if one is known[0] else "" if one in named else "unnamed"
         look = f'class="{kind}" stroke="{color}"'
         parts.append(f'<polyline {look} points="{line}"><title>{_text(name)}</title></polyline>')
-        if one in named:
-            (x, y), height = place(*points[-1]), heights[named.index(one)]
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
+    ends = [place(*points[-1]) for _, points, _ in named]
+    for (name, points, color), (x, y), height in zip(named, ends, _spread([y for _, y in ends])):
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
+        if name:
             label = _text(name, 14) + f" {100 * points[-1][1]:.1f}" * share
-            leader = f'<polyline stroke="{color}" points="{x},{y} {RIGHT + 15},{height}"/>'
-            parts.append((leader + words(RIGHT + 18, height + 4, label)) * bool(name))
+            parts.append(f'<polyline stroke="{color}" points="{x},{y} {RIGHT + 15},{height}"/>')
+            parts.append(words(RIGHT + 18, height + 4, label))
     return "".join(parts)
 
 
