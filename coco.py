@@ -38,6 +38,7 @@ EXAMPLES = 10  # per reason, in the manifest
 OUTSIDE = "polygon outside the image: annotated on a picture of another size?"
 TOO_SHORT = "polygon has fewer than 6 numbers"
 MISSING = "image file is missing"
+DOUBTFUL = "two rows lead to the same file, by different paths or sizes"
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -548,16 +549,13 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
             if not below:
                 raise Unusable(MISSING)
             if below in files:
-                other, its_name = files[below]
-                sizes = {size, (other.height, other.width)} - {(0, 0)}
-                if (name != its_name and "/" in (name[0], its_name[0])) or len(sizes) > 1:
-                    reason = "two rows lead to the same file, by different paths or sizes"
-                    if below not in doubtful:
-                        skipped.add("images", reason, split, its_name)
-                    doubtful.add(below)
-                    raise Unusable(reason)
-                tasks[id_] = other
-                raise Unusable("another row holds the image: merged")
+                tasks[id_], its_name = files[below]
+                if _same_image((task, name), files[below]):
+                    raise Unusable("another row holds the image: merged")
+                if below not in doubtful:
+                    skipped.add("images", DOUBTFUL, split, its_name)
+                doubtful.add(below)
+                raise Unusable(DOUBTFUL)
             if earlier := skipped.earlier(folder / below, task):
                 shared[id_] = earlier
                 raise Unusable(f"image is in {earlier.split} too, and kept there")
@@ -575,6 +573,14 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
             remedy = "merge the files, or prepare them apart"
             raise UserError(f"{both}, and only the second has {classes[label]}: {remedy}")
     return [task for below, (task, _) in files.items() if below not in doubtful]
+
+
+def _same_image(*rows: tuple[Task, str]) -> bool:
+    """Whether two rows, which lead to the same file, are of the same image: by name, which says so
+    unless only the end of it was found, and by size."""
+    (task, name), (other, its_name) = rows
+    sizes = {(task.height, task.width), (other.height, other.width)} - {(0, 0)}
+    return len(sizes) < 2 and (name == its_name or "/" not in (name[0], its_name[0]))
 
 
 def _add_annotations(

@@ -47,8 +47,7 @@ class Labels(nn.Module):
 
 
 def exported(state: dict, suffix: str) -> bytes:
-    """The content of a file with that suffix, ".pt2" or ".onnx". Raises UserError if a package is
-    missing."""
+    """Content of a file with that suffix, .pt2 or .onnx. Raises UserError without its package."""
     model = Labels(model_from_checkpoint(state, torch.device("cpu")), state["args"]["size"])
     metadata = json.dumps({key: state[key] for key in ("classes", "colors")})
     example = (torch.zeros(2, 3, 150, 201, dtype=torch.uint8),)
@@ -69,20 +68,17 @@ def exported(state: dict, suffix: str) -> bytes:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = common.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--ckpt", required=True, metavar="PATH", help="checkpoint")
-    add("--out", type=Path, default=Path("model.pt2"), metavar="FILE", help="*.pt2 or *.onnx")
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help="checkpoint")
+    out = {"type": Path, "default": Path("model.pt2"), "metavar": "FILE"}
+    parser.add_argument("--out", **out, help="*.pt2 or *.onnx")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the checkpoint, write the file."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".pt2", ".onnx"):
-        parser.error(f"--out {args.out}: give a name that ends in .pt2 or .onnx")
-    if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
+    args = build_parser().parse_args(argv)
+    if args.out.suffix not in (".pt2", ".onnx") or not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: give a *.pt2 or *.onnx, in a folder that is there")
     warnings.filterwarnings("ignore", module="torch")  # that no user can do anything about
     content = exported(load_checkpoint(args.ckpt), args.out.suffix)
     with common.atomic_write(args.out) as file:
