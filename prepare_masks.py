@@ -447,6 +447,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--crowd and --priority belong to annotations, not to --masks")
     if not args.masks and (args.colors or args.ignore or any(args.mask_suffix)):
         parser.error("--colors, --ignore and --mask-suffix belong to --masks")
+    if len(args.mask_suffix) > 2:
+        parser.error(
+            "--mask-suffix: give one for the masks, and one for the images if they have any"
+        )
     args.classes = args.classes or CLASSES
     for flag, names in (("--classes", args.classes), ("--priority", args.priority)):
         for name in names:

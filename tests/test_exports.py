@@ -853,6 +853,7 @@ def test_masks_that_cannot_be_used(tmp_path, refuse):
         "road",
     ]
     assert f"no image files * below {mask.parent}" in refuse(*flags)
+    assert "--mask-suffix: give one for the masks" in refuse(*flags, "--mask-suffix", *"abc")
     write_mask(mask, np.where(LABELS == 1, 3, LABELS))
     assert f"no image files *_x below {mask.parent}" in refuse(*flags, "--mask-suffix", "_x")
     assert f"{mask} holds 3, which is no class" in refuse(*flags)
