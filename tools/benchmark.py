@@ -182,7 +182,8 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     run.model.train()
     torch.backends.cudnn.benchmark = True  # as train.py has it
 
-    def baseline():
+    def baseline() -> float:
+        """A step as in torchvision's reference loop. Returns the loss, which waits for the device."""
         outputs = model(images).values()
         if args.model == "deeplab":
             outputs = (interpolate(x, (size, size), mode="bilinear") for x in outputs)
@@ -215,7 +216,8 @@ def loss(method: str, classes: int, args: argparse.Namespace) -> Iterator[int]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     last = {"memory_format": torch.channels_last, "device": device}
 
-    def run(ours: bool, side: int):
+    def run(ours: bool, side: int) -> tuple:
+        """The gradients of both heads, (N, C, side / 8, side / 8) each, from images of that side."""
         torch.manual_seed(0)
         heads = [torch.randn(args.batch_size, classes, side // 8, side // 8) for _ in range(2)]
         heads = [head.to(**last).requires_grad_() for head in heads]
