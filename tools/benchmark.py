@@ -183,7 +183,7 @@ def step(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     torch.backends.cudnn.benchmark = True  # as train.py has it
 
     def baseline() -> float:
-        """A step as in torchvision's reference loop. Returns the loss, which waits for the device."""
+        """A step as in torchvision's reference loop. Returns the loss."""
         outputs = model(images).values()
         if args.model == "deeplab":
             outputs = (interpolate(x, (size, size), mode="bilinear") for x in outputs)
@@ -217,7 +217,7 @@ def loss(method: str, classes: int, args: argparse.Namespace) -> Iterator[int]:
     last = {"memory_format": torch.channels_last, "device": device}
 
     def run(ours: bool, side: int) -> tuple:
-        """The gradients of both heads, (N, C, side / 8, side / 8) each, from images of that side."""
+        """The gradients of both heads, (N, C, side / 8, side / 8) each."""
         torch.manual_seed(0)
         heads = [torch.randn(args.batch_size, classes, side // 8, side // 8) for _ in range(2)]
         heads = [head.to(**last).requires_grad_() for head in heads]

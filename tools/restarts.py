@@ -30,7 +30,7 @@ def train_and_die(kills: int, argv: list[str]) -> None:
     life = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
     def deadly(run, batches):
-        """A step, the second of each life the last one of rank 1; after enough lives all end."""
+        """A step; the second of each life kills rank 1, until there were enough."""
         loss = step(run, batches)
         lives = notes.read_text().splitlines() if notes.exists() else []
         if not lives or lives[-1].split()[0] != life:
