@@ -41,7 +41,6 @@ RARE = 0.05  # share of the training images under which a class counts as rare
 PAD_MULTIPLE = 32
 # Native pixels of a batch, unless it is one image: 200 MB as RGB, whatever the size of the images.
 BATCH_PIXELS = 2**26
-MOST_WORKERS = 256
 TIMEOUT = 600  # seconds to wait for a batch
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 

@@ -429,8 +429,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     paths = args.annotations or args.masks or []
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: give 1 or more")
     if bool(paths) != bool(args.images_dir):
         parser.error("--images-dir belongs to --annotations and to --masks: give both")
     if paths:

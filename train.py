@@ -700,14 +700,6 @@ def default_out(args: argparse.Namespace) -> str:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work before any data is touched."""
-    ranges = {"size": (32, models.LARGEST_SIZE), "workers": (0, dataset.MOST_WORKERS)}
-    ranges["seed"] = (0, 2**63 - 1)
-    ranges |= dict.fromkeys(("oversample", "epochs", "batch_size", "accumulate"), (1, math.inf))
-    ranges |= dict.fromkeys(("gamma", "save_every"), (0, math.inf)) | {"balance": (0, 1)}
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            to = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {to}")
     model = models.MODELS[args.model]
     for name, value in {"--lr": args.lr, "--head-lr": args.head_lr}.items():
         if value is not None and not 0 < value < math.inf:
