@@ -340,7 +340,11 @@ def run_command(main: Callable[[], int | None]) -> None:
             remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
             sentence = f"no shared memory is left for loader processes: {remedy}"
         elif re.search(r"MemoryError|can't allocate|out of memory|ALLOC_FAILED", repr(error)):
-            sentence = "out of memory: lower --batch-size, --size or --workers"
+            remedy = "lower --size, --workers, or --batch-size and raise --accumulate as much"
+            sentence = f"out of memory: {remedy}"
+        elif re.search(r"C(\+\+)? compiler", str(error)):
+            remedy = "install one (gcc and g++), or say --no-compile"
+            sentence = f"--compile finds no working C++ compiler: {remedy}"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
             sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"
         else:

@@ -608,7 +608,7 @@ def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch, refused):
 
     monkeypatch.setattr(train, "total_loss", full)
     sentence = refused("train", "--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run")
-    assert "out of memory with unet, --size" in sentence
+    assert "out of memory: lower --size" in sentence
     assert "--accumulate" in sentence
 
 
