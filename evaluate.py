@@ -359,12 +359,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for file in outputs:
         if outputs.count(file) > 1 or file.resolve() in inputs or file.name == "manifest.json":
             raise UserError(f"{file} is an input, or named twice: give another path")
-        if not file.parent.is_dir():
-            raise UserError(f"no folder {file.parent} to write {file.name} to: make it first")
-        if file.is_dir():
-            raise UserError(f"cannot write {file}: it is a folder; give a file")
-        if not os.access(file.parent, os.W_OK):
-            raise UserError(f"cannot write {file}: its folder is read-only")
+        if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            raise UserError(f"cannot write {file}: give a file, in a folder that you can write to")
 
 
 def main(argv: list[str] | None = None) -> None:
