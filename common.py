@@ -12,6 +12,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -34,6 +35,12 @@ IGNORE_COLOR = (255, 255, 255)
 # Colour-blind safe (Okabe and Ito); further classes take hues in golden-ratio steps.
 COLORS = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # by a file system
+LARGEST_SIZE = 4096  # pixels: a hostile checkpoint could ask for any memory
+# The lowest and the highest number that each flag takes, in all scripts.
+LIMITS = {"size": (32, LARGEST_SIZE), "scale": (0.001, 16.0), "balance": (0, 1)}
+LIMITS |= {"workers": (0, 256), "seed": (0, 2**63 - 1)}
+LIMITS |= dict.fromkeys(("gamma", "save_every", "panels"), (0, math.inf))
+LIMITS |= dict.fromkeys(("oversample", "epochs", "batch_size", "accumulate"), (1, math.inf))
 DEATH = r"DataLoader worker .* (exited unexpectedly|is killed by signal)|DataLoader timed out"
 
 
@@ -245,7 +252,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """As in argparse, of expanded arguments."""
+        """As in argparse, of expanded arguments. Numbers must be within their `LIMITS`."""
         words, flags = [], [""]
         for given in sys.argv[1:] if argv is None else argv:
             flags += [given.partition("=")[0]] if given.startswith("--") else []
@@ -253,7 +260,14 @@ class ArgumentParser(argparse.ArgumentParser):
         for action in self._actions:  # a second list would take the place of the first
             if action.nargs == "+" and sum(map(flags.count, action.option_strings)) > 1:
                 self.error(f"{action.option_strings[0]} is given twice: name all after one")
-        return super().parse_args(words)
+        args = super().parse_args(words)
+        for name, (low, high) in LIMITS.items():
+            given = getattr(args, name, None)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not low <= value <= high:
+                    to = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                    self.error(f"--{name.replace('_', '-')} {value}: give {to}")
+        return args
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError: one sentence, without the usage, which fills a screen."""
@@ -326,7 +340,11 @@ def run_command(main: Callable[[], int | None]) -> None:
             remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
             sentence = f"no shared memory is left for loader processes: {remedy}"
         elif re.search(r"MemoryError|can't allocate|out of memory|ALLOC_FAILED", repr(error)):
-            sentence = "out of memory: lower --batch-size, --size or --workers"
+            remedy = "lower --size, --workers, or --batch-size and raise --accumulate as much"
+            sentence = f"out of memory: {remedy}"
+        elif re.search(r"C(\+\+)? compiler", str(error)):
+            remedy = "install one (gcc and g++), or say --no-compile"
+            sentence = f"--compile finds no working C++ compiler: {remedy}"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
             sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"
         else:

@@ -41,7 +41,6 @@ RARE = 0.05  # share of the training images under which a class counts as rare
 PAD_MULTIPLE = 32
 # Native pixels of a batch, unless it is one image: 200 MB as RGB, whatever the size of the images.
 BATCH_PIXELS = 2**26
-MOST_WORKERS = 256
 TIMEOUT = 600  # seconds to wait for a batch
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
@@ -269,7 +268,7 @@ def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
 def load_mask(manifest: Manifest, index: int) -> np.ndarray:
     """Mask (H, W) uint8. Raises UserError."""
     path = manifest.data / "masks_raw" / manifest.masks[index]
-    mask = read_mask(path, len(manifest.classes), int(manifest.checksums[index]))
+    mask = read_mask(path, int(manifest.checksums[index]))
     if mask.shape != tuple(manifest.sizes[index].tolist()):
         raise UserError(f"{path} is not of the manifest's size: run prepare_masks.py again")
     return mask

@@ -27,13 +27,12 @@ from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv3_resnet50
 from torchvision.models.segmentation.deeplabv3 import DeepLabV3
 
-from common import UserError, atomic_write
+from common import LARGEST_SIZE, UserError, atomic_write
 
 CHECKPOINT_VERSION = 1
 WEIGHT_DECAY = 0.01
 DONOR = DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
 CPU_FLAGS = Path("/proc/cpuinfo")
-LARGEST_SIZE = 4096  # pixels: a hostile checkpoint could ask for any memory
 
 # The weights' metadata spells these names of COCO as Pascal VOC does.
 VOC_NAMES = {

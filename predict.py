@@ -171,8 +171,6 @@ def main(argv: list[str] | None = None) -> int:
     """Predict batch by batch; returns the exit code: 1 if a file was skipped, else 0."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: give 1 or more")
     check_running(parser, args)
     device = pick_device(args.device)
     args.batch_size = args.batch_size or (8 if device.type != "cpu" else 1 if args.tile else 2)

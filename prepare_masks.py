@@ -332,25 +332,21 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
     masks = files_by_stem(source.path, suffixes[0], set())
     taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
     images = files_by_stem(folder, [*suffixes, ""][1], taken)
-    for stem in sorted(images.keys() | masks.keys()):
-        image, mask = images.get(stem), masks.get(stem)
-        if not image:
-            skipped.add("annotations", "mask without an image", split, mask)
-            continue
-        if not mask:
-            skipped.add("images", "image without a mask", split, image)
-            continue
-        path, mask = folder / image, source.path / mask
-        file = Path(os.path.relpath(path, root)).as_posix()
-        task = Task(stem, split, file, image, 0, 0, mask, None)
+    for stem in sorted(masks.keys() - images.keys()):
+        skipped.add("annotations", "mask without an image", split, masks[stem])
+    for stem, image in sorted(images.items()):
         try:
-            if not (earlier := skipped.earlier(path, task)):
-                tasks.append(task)
-                continue
-            if not filecmp.cmp(mask, earlier.source, shallow=False):
-                both = f"{earlier.source} and {mask} are different masks of the same image"
-                raise UserError(f"{both}: merge them, or prepare them apart")
-            raise Unusable(f"image is in {earlier.split} too, and kept there")
+            if stem not in masks:
+                raise Unusable("image without a mask")
+            path, mask = folder / image, source.path / masks[stem]
+            file = Path(os.path.relpath(path, root)).as_posix()
+            task = Task(stem, split, file, image, 0, 0, mask, None)
+            if earlier := skipped.earlier(path, task):
+                if not filecmp.cmp(mask, earlier.source, shallow=False):
+                    both = f"{earlier.source} and {mask} are different masks of the same image"
+                    raise UserError(f"{both}: merge them, or prepare them apart")
+                raise Unusable(f"image is in {earlier.split} too, and kept there")
+            tasks.append(task)
         except Unusable as reason:
             skipped.add("images", str(reason), split, image)
     return tasks
@@ -429,8 +425,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     paths = args.annotations or args.masks or []
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: give 1 or more")
     if bool(paths) != bool(args.images_dir):
         parser.error("--images-dir belongs to --annotations and to --masks: give both")
     if paths:

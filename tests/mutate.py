@@ -81,7 +81,7 @@ def check(out: Path, work: Path) -> None:
     """Masks and manifest agree, and nothing was written beside them."""
     manifest = load_manifest(out)
     for row, name in enumerate(manifest.masks):
-        mask = read_mask(out / "masks_raw" / name, len(manifest.classes))
+        mask = read_mask(out / "masks_raw" / name, int(manifest.checksums[row]))
         assert mask.shape == tuple(manifest.sizes[row])
         counts = np.bincount(mask.ravel(), minlength=256)
         assert counts[: len(manifest.classes)].tolist() == manifest.pixels[row].tolist()

@@ -193,8 +193,8 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path, "--other-data")
     assert "say --images all" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--json", tmp_path / "none" / "x.json")
-    assert f"no folder {tmp_path / 'none'} to write x.json to" in sentence
-    assert "it is a folder" in refused("evaluate", "--ckpt", checkpoint, "--html", tmp_path)
+    assert f"cannot write {tmp_path / 'none' / 'x.json'}: give a file, in a folder" in sentence
+    assert "cannot write" in refused("evaluate", "--ckpt", checkpoint, "--html", tmp_path)
     assert "--pick cow" in refused("evaluate", "--ckpt", checkpoint, "--pick", "cow")
 
 

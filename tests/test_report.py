@@ -220,7 +220,7 @@ def test_html(checkpoint, data, tmp_path, refused):
     assert content.count('<svg class="chart"') == 3
     assert 10 <= content.count("<fieldset>") <= evaluate.GALLERY
     sentence = refused("evaluate", "--ckpt", checkpoint, "--html", tmp_path / "none" / "page.html")
-    assert "make it first" in sentence
+    assert "in a folder that you can write to" in sentence
     command("evaluate.py", "--ckpt", checkpoint, *shared, "--no-intervals").check_returncode()
 
 

@@ -573,7 +573,7 @@ def test_the_report_comes_before_the_pictures(data, checkpoint, tmp_path, refuse
     assert result.returncode == 0, result.stderr
     if os.geteuid():
         tmp_path.chmod(0o500)
-        assert "its folder is read-only" in refused("evaluate", "--ckpt", copy, *flags)
+        assert "in a folder that you can write to" in refused("evaluate", "--ckpt", copy, *flags)
         tmp_path.chmod(0o700)
 
 
