@@ -244,8 +244,9 @@ class Skipped:
             raise Unusable(MISSING) from None
         for key in ((stat.st_dev, stat.st_ino), (task.id, task.mask, stat.st_size)):
             other, known = self.seen.setdefault(key, (path, task))
-            same = known.split != task.split
-            if same and (len(key) == 2 or filecmp.cmp(path, other, shallow=False)):
+            # Compared, since on some network drives all files have the same number.
+            same = other == path or filecmp.cmp(path, other, shallow=False)
+            if known.split != task.split and same:
                 return known
         return None
 

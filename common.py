@@ -41,6 +41,7 @@ LIMITS = {"size": (32, LARGEST_SIZE), "scale": (0.001, 16.0), "balance": (0, 1)}
 LIMITS |= {"workers": (0, 256), "seed": (0, 2**63 - 1)}
 LIMITS |= dict.fromkeys(("gamma", "save_every", "panels"), (0, math.inf))
 LIMITS |= dict.fromkeys(("oversample", "epochs", "batch_size", "accumulate"), (1, math.inf))
+COMPILER = r"C(\+\+)? compiler|Compiler: \w+ is not found|working triton"
 DEATH = r"DataLoader worker .* (exited unexpectedly|is killed by signal)|DataLoader timed out"
 
 
@@ -314,7 +315,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # for names of any alphabet
+        with suppress(AttributeError):  # of a notebook
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # for names of any alphabet
     try:
         code = main()
         sys.stdout.flush()
@@ -342,8 +344,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         elif re.search(r"MemoryError|can't allocate|out of memory|ALLOC_FAILED", repr(error)):
             remedy = "lower --size, --workers, or --batch-size and raise --accumulate as much"
             sentence = f"out of memory: {remedy}"
-        elif re.search(r"C(\+\+)? compiler", str(error)):
-            remedy = "install one (gcc and g++), or say --no-compile"
+        elif re.search(COMPILER, str(error)):
+            remedy = "install one (gcc and g++; on a GPU also Triton), or say --no-compile"
             sentence = f"--compile finds no working C++ compiler: {remedy}"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
             sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"

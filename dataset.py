@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import re
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -42,7 +43,7 @@ PAD_MULTIPLE = 32
 # Native pixels of a batch, unless it is one image: 200 MB as RGB, whatever the size of the images.
 BATCH_PIXELS = 2**26
 TIMEOUT = 600  # seconds to wait for a batch
-SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
 def split_indices(
@@ -258,6 +259,12 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. The host goes on only on CUDA: on Apple's MPS the copy might read what
+    the host has freed since."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
     """Image (3, H, W) uint8, shrunk by `scale` if its decoder can do that. Raises UserError."""
     path, upright = manifest.root / manifest.files[index], bool(manifest.upright[index])
@@ -426,6 +433,8 @@ def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader
         persistent_workers=workers > 0 and collate is None,  # else two sets of them, in training
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,
+        # The default from Python 3.14 on would import torch in each of them: 0.4 GB.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         # Else every new iterator draws from the global generator, which dropout uses.
         generator=torch.Generator(),
     )

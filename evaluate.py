@@ -28,9 +28,16 @@ from tqdm import tqdm
 import common
 import metrics
 from common import IGNORE_INDEX, Manifest, UserError, write_text
-from dataset import evaluation_loader, load_image, normalize, resized_size
+from dataset import evaluation_loader, load_image, normalize, resized_size, to_device
 from metrics import ConfusionMatrix, percent, plain, scores
-from models import amp_dtype, command_line, load_checkpoint, model_from_checkpoint, pick_device
+from models import (
+    amp_dtype,
+    command_line,
+    load_checkpoint,
+    model_from_checkpoint,
+    pick_device,
+    supports,
+)
 from report import Example, Shown, draw_panels, figure, page
 from tiles import Tiling, best_labels, tiled_labels
 
@@ -54,7 +61,7 @@ class Predictor(NamedTuple):
         """(N, C, h, w) logits, on the device, of (N, 3, h, w) uint8 images, which are padded to the
         right of their `widths`. With `flip`, the probabilities of image and mirror image are
         averaged, and the logits are the logarithms of the mean."""
-        images = images.to(self.device, non_blocking=True)
+        images = to_device(images, self.device)
         if not self.flip:
             return self.run(images)
 
@@ -104,7 +111,7 @@ class Predictor(NamedTuple):
         is processed in windows, its (C, h, w) logits."""
         self.model.eval()
         for images, masks, indices in loader:
-            masks = masks.to(self.device, non_blocking=True)
+            masks = to_device(masks, self.device)
             if self.tiling:
                 yield indices[0], self.tiled(to_pil_image(images[0]))[0], masks[0], None
                 continue
@@ -215,6 +222,13 @@ class Subject(NamedTuple):
         manifest, masks = self.manifest, self.manifest.checksums[self.indices].tolist()
         return manifest.classes, manifest.keys(self.indices), masks
 
+    def predictor(self, args: argparse.Namespace, device: torch.device) -> Predictor:
+        """Its network. Raises UserError if a training has replaced the checkpoint meanwhile."""
+        state = load_checkpoint(self.path, mmap=True)
+        if state.get("progress") != self.state.get("progress"):
+            raise UserError(f"{self.path} was replaced meanwhile: evaluate it again")
+        return load_predictor(state, device, args, args.size)
+
     def setting(self) -> str:
         """A text that is equal for runs that differ only in the seed."""
         chosen = {k: v for k, v in self.state["args"].items() if k not in ANY}
@@ -268,7 +282,7 @@ def load_predictor(
     if args.tile and not scale:
         raise UserError("the checkpoint does not say at which scale it was trained: give --scale")
     trained = state.get("precision", state["args"]["amp"])
-    trained = "off" if trained == "fp16" and device.type == "cpu" else trained
+    trained = trained if supports(trained, device) else "off"
     model, size = model_from_checkpoint(state, device), size or state["args"]["size"]
     dtype = amp_dtype(args.amp or trained, device)
     tiling = Tiling(scale, size, len(state["classes"]), device, args.batch_size) if scale else None
@@ -278,7 +292,7 @@ def load_predictor(
 def evaluate_subject(subject: Subject, args, device: torch.device) -> tuple[dict, np.ndarray]:
     """The JSON entry of a checkpoint, and the (N, 3, C) counts of its images."""
     path, state, manifest, indices, images = subject
-    predictor = load_predictor(load_checkpoint(path, mmap=True), device, args, args.size)
+    predictor = subject.predictor(args, device)
     size = None if args.tile else predictor.size
     loader = evaluation_loader(manifest, indices, size, args.batch_size, args.workers)
     confusion = evaluate(predictor, loader, path)
@@ -294,8 +308,7 @@ def draw_subject(subject: Subject, counts: np.ndarray, args, device: torch.devic
     if not len(chosen):
         print(f"no picture of {subject.path}: no image to --pick as {args.pick}")
         return
-    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
-    examples = predict_examples(predictor, manifest, chosen)
+    examples = predict_examples(subject.predictor(args, device), manifest, chosen)
     picture = draw_panels(examples, manifest.classes, manifest.colors)
     common.write_image(panels_path(subject.path), picture)
     print(f"picture: {panels_path(subject.path)}")
@@ -305,8 +318,7 @@ def show_subject(
     number: int, subject: Subject, entry: dict, counts: np.ndarray, args, device: torch.device
 ) -> Shown:
     """What the page shows of a checkpoint, its `number`-th."""
-    predictor = load_predictor(load_checkpoint(subject.path, mmap=True), device, args, args.size)
-    manifest = subject.manifest
+    predictor, manifest = subject.predictor(args, device), subject.manifest
     chosen = metrics.gallery(max(1, GALLERY // len(args.ckpt)), counts, manifest.classes)
     figures = []
     for image, why in sorted(chosen.items(), key=lambda item: item[1], reverse=True):

@@ -252,10 +252,13 @@ def pick_device(name: str) -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(1, device="cpu" if name == "auto" else name).device
+        device = torch.empty(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}): try --device cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def command_line() -> str:
@@ -284,15 +287,23 @@ def origin(device: torch.device) -> dict[str, str]:
     }
 
 
+def supports(amp: str, device: torch.device) -> bool:
+    """Whether a device computes in that precision. torch would emulate bf16 on an older GPU, slowly
+    and not in each operation."""
+    on_gpu = device.type == "cuda"
+    newer = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
+    return {"fp16": on_gpu, "bf16": newer or not on_gpu}.get(amp, True)
+
+
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Autocast dtype, None for float32. "auto" is bf16 on a device that supports it (of CPUs only
     Linux knows), else fp16 on a GPU and off on a CPU."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        amp = "bf16" if supports("bf16", device) else "fp16"
     if amp == "auto" and device.type == "cpu" and CPU_FLAGS.exists():
         amp = "bf16" if {"avx512_bf16", "amx_bf16"} & set(CPU_FLAGS.read_text().split()) else "off"
-    if amp == "fp16" and device.type != "cuda":
-        raise UserError("--amp fp16 needs a GPU: use --amp bf16 or off")
+    if not supports(amp, device):
+        raise UserError(f"--amp {amp} does not work on {device}: use auto or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -314,6 +325,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load looks at no checksum
                 raise ValueError(damaged)
+        mmap = mmap and os.name != "nt"  # Windows could not replace the file meanwhile
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: {remedy}") from None

@@ -222,6 +222,7 @@ def _start_worker() -> None:
 def start_pool(workers: int) -> ProcessPoolExecutor:
     """Worker processes. On Linux they fork, which saves a second import and its memory."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    workers = min(workers, 61)  # Windows cannot wait for more
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     pool.submit(os.getpid).result()  # starts them now, while this process is still small
     return pool
@@ -313,9 +314,10 @@ def replacing(out: Path) -> Iterator[Path]:
 
 def files_by_stem(folder: Path, suffix: str, without: set) -> dict[str, str]:
     """The image files below a folder whose stems end with `suffix`, by the part before it."""
-    found, kinds = {}, Image.registered_extensions()
-    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):
-        stem, end = os.path.splitext(name.replace(os.sep, "/"))
+    kinds = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found, names = {}, glob.glob("**", root_dir=folder, recursive=True)
+    for name in sorted(name.replace(os.sep, "/") for name in names):
+        stem, end = os.path.splitext(name)
         if end.lower() in kinds and stem.endswith(suffix) and folder / name not in without:
             other = found.setdefault(stem.removesuffix(suffix), name)
             if other != name:

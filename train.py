@@ -33,7 +33,7 @@ import distributed
 import metrics
 import models
 from common import UserError, say, write_text
-from dataset import normalize
+from dataset import normalize, to_device
 from distributed import gather, mean_over_ranks, rank, world
 from evaluate import Predictor, evaluate, predict_examples
 from losses import Totals, class_weights, pixel_weights, total_dice_sums, total_loss
@@ -197,13 +197,13 @@ class Run:
         if args.freeze_backbone:
             self.model.backbone.eval()
         torch.backends.cudnn.benchmark = True  # pays for one shape, not for those of validation
-        started = saved = asked = time.perf_counter()
-        waited = 0.0
+        started = saved = time.perf_counter()
+        waits, asked = [], moment(self.device)
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         bar = tqdm(total=batches.steps, initial=first, desc=title, leave=False, disable=None)
         for batch in self.loader:
-            waited += time.perf_counter() - asked
-            parts.append([tensor.to(self.device, non_blocking=True) for tensor in batch])
+            waits.append((asked, moment(self.device)))
+            parts.append([to_device(tensor, self.device) for tensor in batch])
             if len(parts) == args.accumulate:
                 self.loss_sum += self.train_step(parts)
                 self.step, self.batch, parts = self.step + 1, self.batch + 1, []
@@ -217,11 +217,11 @@ class Run:
                 if time.perf_counter() - saved >= 60 * args.save_every:
                     self.save("last.pt")
                     saved = time.perf_counter()
-            asked = time.perf_counter()
+            asked = moment(self.device)
         bar.close()
         loss, seconds = self.mean_loss(), time.perf_counter() - started
         images = (batches.steps - first) * batches.images_per_step
-        waiting = waited / seconds
+        waiting = sum(seconds_between(*moments) for moments in waits) / seconds
         if self.device.type == "cuda" and waiting > MUCH_WAITING:
             say(f"the GPU waited for data {waiting:.0%} of the time: raise --workers")
         return {"train_loss": loss, "images_per_second": images / seconds, "data_wait": waiting}
@@ -370,9 +370,14 @@ class Run:
     def draw_curves(self) -> None:
         """Write curves.svg, which a browser can show during the run."""
         drawing = curves(self.history, self.manifest.classes, self.manifest.colors)
+        self.write_text("curves.svg", drawing)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file that people look at. On Windows, one that they have open cannot be replaced,
+        which does not end the run."""
         try:
             if rank() == 0:
-                write_text(self.out / "curves.svg", drawing)
+                write_text(self.out / name, text)
         except UserError as error:
             say(f"warning: {error}")
 
@@ -413,7 +418,7 @@ class Run:
         if rank() == 0:
             models.save_checkpoint(self.out / name, state)
             lines = [json.dumps(line) + "\n" for line in self.history]
-            write_text(self.out / "metrics.jsonl", "".join(lines))
+            self.write_text("metrics.jsonl", "".join(lines))
 
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint. Raises UserError if that is not possible."""
@@ -468,7 +473,7 @@ class Run:
             return
         self.save("last.pt")
         dataset.end_workers()
-        command = f"python train.py --resume {shlex.quote(str(self.out / 'last.pt'))}"
+        command = f"python train.py --resume {shlex.quote((self.out / 'last.pt').as_posix())}"
         if world() > 1:
             command = f"the same torchrun command, but of it {command.removeprefix('python ')}"
         say(f"\n{signal.Signals(self.signal).name}: saved. Go on with: {command}")
@@ -483,6 +488,21 @@ class Run:
         except Exception as error:
             say(f"warning: no more Weights & Biases ({error!r}); metrics.jsonl goes on")
             self.wandb = None
+
+
+def moment(device: torch.device) -> float | torch.cuda.Event:
+    """Now, on the device: a GPU notes it when it gets there, since the host runs ahead."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) -> float:
+    """The time between two moments, which the device has passed."""
+    on_gpu = isinstance(first, torch.cuda.Event)
+    return first.elapsed_time(second) / 1000 if on_gpu else second - first
 
 
 def summary(line: dict, epochs: int, better: bool) -> str:
@@ -635,7 +655,9 @@ def resumed(
         raise UserError(f"{path} holds no optimizer: resume from the last.pt of its run")
     parser.set_defaults(**{**state["args"], "out": str(path.parent)})
     args = parser.parse_args(argv)
-    args.resume, args.weights = str(path), absolute(args.weights)
+    args.resume = str(path)
+    if args.weights != state["args"]["weights"]:  # else it may be of another system
+        args.weights = absolute(args.weights)
     for name, value in state["args"].items():
         if name not in FREE_ARGUMENTS and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
@@ -727,10 +749,8 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.process_group():
         args, state = parse_args(argv)
         device = models.pick_device(args.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            if args.compile and distributed.world() > 1:
-                raise UserError("--compile: not with several GPUs, whose batch norm it cannot take")
+        if args.compile and device.type == "cuda" and distributed.world() > 1:
+            raise UserError("--compile: not with several GPUs, whose batch norm it cannot take")
         run = Run(args, device, weights="none" if state else args.weights)
         if state:
             run.restore(state)

@@ -198,6 +198,20 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert "--pick cow" in refused("evaluate", "--ckpt", checkpoint, "--pick", "cow")
 
 
+def test_a_checkpoint_that_is_replaced_meanwhile(checkpoint, tmp_path, refused, monkeypatch):
+    moving, find = tmp_path / "best.pt", evaluation.find_subject
+    shutil.copy(checkpoint, moving)
+
+    def find_then_train(*arguments):
+        subject, state = find(*arguments), load_checkpoint(moving)
+        state["progress"]["epoch"] += 1
+        save_checkpoint(moving, state)
+        return subject
+
+    monkeypatch.setattr(evaluation, "find_subject", find_then_train)
+    assert f"{moving} was replaced meanwhile" in refused("evaluate", "--ckpt", moving)
+
+
 def evaluated(checkpoint, file, *flags):
     """The JSON entry of an evaluation through the command line."""
     flags = ["--json", str(file), "--workers", "0", "--no-intervals", "--device", "cpu", *flags]

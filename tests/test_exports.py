@@ -282,7 +282,8 @@ def test_every_image_row_is_in_the_manifest_or_in_the_skip_counts_once(data, tmp
     assert len(list((root / "data" / "masks_raw").rglob("*.png"))) == len(by_mask)
 
 
-def test_the_same_image_in_two_splits_is_named_and_kept_once(tmp_path):
+@pytest.mark.parametrize("numbers", ["inodes", "none"])
+def test_the_same_image_in_two_splits_is_named_and_kept_once(tmp_path, monkeypatch, numbers):
     for split in ("train", "val"):
         rows = [image_row(1, "a.jpg"), image_row(2, "b.bmp"), image_row(3, f"{split}.jpg")]
         anns = [person(n) for n in (1, 2, 3)]
@@ -294,10 +295,26 @@ def test_the_same_image_in_two_splits_is_named_and_kept_once(tmp_path):
         write_image(tmp_path / split / f"{split}.jpg", seed=4)
     (tmp_path / "val" / "val.jpg").unlink()
     (tmp_path / "val" / "val.jpg").symlink_to(tmp_path / "train" / "train.jpg")
+    if numbers == "none":  # as of some network drives
+
+        def stat(path, **options):
+            found = os.stat(path, **options)
+            return os.stat_result((found.st_mode, 0, *found[2:]))
+
+        monkeypatch.setattr(Path, "stat", stat)
     manifest, rows = prepare(tmp_path, "--coco-root", tmp_path)
-    assert sorted(rows) == ["train/a.png", "train/b.png", "train/train.png", "val/b.png"]
+    linked = ["val/val.png"] * (numbers == "none")  # nothing else shows that it is train.jpg
+    assert sorted(rows) == ["train/a.png", "train/b.png", "train/train.png", "val/b.png", *linked]
     assert (tmp_path / "val" / "b.bmp").stat().st_size == 414
-    assert reasons(manifest, "images") == {"image is in train too, and kept there": 2}
+    assert reasons(manifest, "images") == {"image is in train too, and kept there": 2 - len(linked)}
+
+
+def test_files_that_are_no_images_and_other_separators_between_mask_files(tmp_path, monkeypatch):
+    names = [r"cam0\a.png", r"cam0\a.pdf", r"cam1\a.TIF", "notes.txt"]  # as Windows lists them
+    monkeypatch.setattr(prepare_masks.glob, "glob", lambda *_, **__: names)
+    monkeypatch.setattr(prepare_masks.os, "sep", "\\")
+    found = prepare_masks.files_by_stem(tmp_path, "", set())
+    assert found == {"cam0/a": "cam0/a.png", "cam1/a": "cam1/a.TIF"}
 
 
 def test_rows_of_one_file_are_merged(tmp_path):

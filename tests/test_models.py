@@ -1,5 +1,6 @@
 """Shapes, the warm start, and checkpoints that cannot be half-written or run code."""
 
+import argparse
 import os
 import pickle
 import random
@@ -14,6 +15,7 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights, deeplabv
 
 import models
 from common import UserError
+from evaluate import load_predictor
 from models import (
     DeepLab,
     UNet,
@@ -234,11 +236,27 @@ def test_devices(monkeypatch):
         pick_device("tpu")
 
 
-def test_a_gpu_has_a_number():
-    """torch.cuda.set_device refuses a device without one."""
+def test_a_gpu_has_a_number_and_is_the_current_one(monkeypatch):
+    """torch.cuda.set_device refuses a device without a number."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with FakeTensorMode():
-        device = pick_device("cuda")
-    assert torch.cuda._utils._get_device_index(device) == 0
+        assert chosen == [pick_device("cuda")]
+    assert torch.cuda._utils._get_device_index(chosen[0]) == 0
+
+
+@pytest.mark.parametrize(("capability", "auto"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_an_older_gpu_does_not_emulate_bf16(capability, auto, monkeypatch, checkpoint):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 5))
+    monkeypatch.setattr("evaluate.model_from_checkpoint", lambda *_: None)
+    gpu = torch.device("cuda:0")
+    assert models.amp_dtype("auto", gpu) == auto
+    args = argparse.Namespace(tile=False, scale=None, amp=None, flip=False)
+    state = load_checkpoint(checkpoint) | {"precision": "bf16"}
+    assert load_predictor(state, gpu, args).dtype == (torch.bfloat16 if capability > 7 else None)
+    if capability == 7:
+        with pytest.raises(UserError, match="--amp bf16 does not work on cuda:0"):
+            models.amp_dtype("bf16", gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -22,7 +22,7 @@ import dataset
 import prepare_masks
 import train
 from common import UserError, default_workers, locked, write_text
-from dataset import EpochBatches, evaluation_loader
+from dataset import SIGNALS, EpochBatches, evaluation_loader
 from models import load_checkpoint
 
 FLAGS = [*TINY, "--model", "unet"]
@@ -53,7 +53,7 @@ needs_groups = pytest.mark.skipif(os.name == "nt", reason="Windows knows no proc
 
 
 @needs_groups
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_whole_group_saves_and_ends_within_seconds(data, tmp_path, number):
     """As `timeout`, torchrun, Slurm and a terminal send it: to the loader processes as well."""
     out = tmp_path / "my run"

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -584,6 +585,25 @@ def test_a_loader_process_that_dies_is_a_sentence(data, tmp_path, monkeypatch, r
     assert "a loader process died" in refused("train", *flags)
 
 
+def test_a_notebook_whose_output_is_no_file(monkeypatch):
+    shown = []
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=shown.append, flush=lambda: None))
+    with pytest.raises(SystemExit) as stop:
+        common.run_command(lambda: print("done"))
+    assert (stop.value.code, shown) == (None, ["done", "\n"])
+
+
+def test_a_missing_compiler_is_one_sentence(refused, monkeypatch):
+    """On Linux, on Windows, and of a GPU, in the words of torch and its parts."""
+    for error in (
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx",
+        "Compiler: cl is not found.",
+        "Cannot find a working triton installation.",
+    ):
+        monkeypatch.setattr(train, "main", Mock(side_effect=RuntimeError(error)))
+        assert "say --no-compile" in refused("train")
+
+
 def test_a_dead_loader_process_shows_in_two_ways(capsys):
     """As a lost connection, or as an error that torch raises in a signal handler."""
 
@@ -683,16 +703,27 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     (only_people / "manifest.json").write_text(json.dumps(content))
     sentence = refused("train", *base, "--data", only_people, "--oversample", 2)
     assert "no class is in fewer than 5%" in sentence
-    assert "fp16 needs a GPU" in refused("train", *base, "--amp", "fp16")
+    assert "fp16 does not work on cpu" in refused("train", *base, "--amp", "fp16")
     if not torch.cuda.is_available():
         assert "no device 'cuda'" in refused("train", *base, "--device", "cuda")
     assert not (tmp_path / "run").exists()
     assert "holds a run already" in refused("train", *base, "--out", checkpoint.parent)
     assert "no checkpoint at" in refused("train", *base, "--resume")
     assert "cannot change it" in refused("train", "--resume", checkpoint, "--size", 64)
+    assert "cannot change it" in refused("train", "--resume", checkpoint, "--weights", "a.pt")
     assert "is done" in refused("train", "--resume", checkpoint)
     (tmp_path / "file").write_text("")
     assert "cannot use" in refused("train", *base, "--out", tmp_path / "file" / "run")
+
+
+def test_a_run_from_a_checkpoint_resumes_on_another_system(data, checkpoint, tmp_path):
+    flags = ["--data", str(data), *TINY, "--weights", str(checkpoint), "--epochs", "1"]
+    train.main([*flags, "--out", str(tmp_path)])
+    state = load_checkpoint(tmp_path / "last.pt")
+    state["args"]["weights"] = path = r"C:\runs\a\best.pt"
+    save_checkpoint(tmp_path / "last.pt", state)
+    args, _ = train.parse_args(["--resume", str(tmp_path), "--epochs", "2"])
+    assert args.weights == path
 
 
 def test_resume_with_other_masks_is_refused(data, tmp_path, refused):
