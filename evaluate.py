@@ -84,11 +84,8 @@ class Predictor(NamedTuple):
     def tiled(self, picture: Image.Image, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
         """`best_labels` of an RGB picture, by windows."""
         width = min(self.size, max(1, round(self.tiling.scale * picture.width)))
-
-        def run(images: Tensor) -> Tensor:
-            return self.logits(images, [width] * len(images))
-
-        return tiled_labels(run, self.tiling, picture, wanted)
+        widths = [width] * self.tiling.batch_size
+        return tiled_labels(lambda x: self.logits(x, widths), self.tiling, picture, wanted)
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """(2,) float32: the cross entropy summed over the valid pixels, and their number. The (H,
