@@ -238,9 +238,7 @@ class Skipped:
         Raises Unusable if there is no such file."""
         try:
             stat = path.stat()
-        except PermissionError:
-            raise
-        except OSError:  # a link that leads nowhere
+        except FileNotFoundError:  # a link that leads nowhere
             raise Unusable(MISSING) from None
         for key in ((stat.st_dev, stat.st_ino), (task.id, task.mask, stat.st_size)):
             other, known = self.seen.setdefault(key, (path, task))
