@@ -350,10 +350,9 @@ def check_state(state: dict) -> None:
     parts = [part for key in state["val_ids"] for part in key]
     _require("val_ids", {*map(len, state["val_ids"])} <= {2, 3})
     _require("val_ids", all(isinstance(part, str | int) for part in parts))
+    plain = str | int | float | list | None
     for name, value in arguments.items():
-        _require(
-            "args", isinstance(name, str) and isinstance(value, str | int | float | list | None)
-        )
+        _require("args", isinstance(name, str) and isinstance(value, plain))
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         _require(name, isinstance(arguments.get(name), type_))
     _require("scale", 0 < state.get("scale", 1) <= LARGEST_SIZE)
@@ -362,9 +361,8 @@ def check_state(state: dict) -> None:
         numbers += [line["train_loss"], line.get("val_loss"), line["lr"] + 0, line["epoch"] + 0]
         numbers += [line.get("seconds", 0)]
         _require("history", all(0 <= (number or 0) < math.inf for number in numbers))
-    _require(
-        "origin", all(isinstance(w, str) for item in state.get("origin", {}).items() for w in item)
-    )
+    words = [word for item in state.get("origin", {}).items() for word in item]
+    _require("origin", all(isinstance(word, str) for word in words))
     _require("precision", state.get("precision", "off") in ("off", "bf16", "fp16"))
     with torch.device("meta"):
         network = kind(len(classes), arguments["width"])

@@ -579,9 +579,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
-    add(
-        "--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves of last.pt"
-    )
+    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves")
     parser.set_defaults(fresh=None)  # classes that the weights do not know: a Run finds out
     modes = ["auto", "online", "offline", "disabled"]
     add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")
