@@ -259,8 +259,7 @@ def validated(state: dict, manifest: Manifest) -> np.ndarray:
 def load_predictor(
     state: dict, device: torch.device, args: argparse.Namespace, size: int | None = None
 ) -> Predictor:
-    """The network of a loaded checkpoint; size, scale and precision as in training, unless
-    given."""
+    """The network of a loaded checkpoint; size, scale and precision as trained, unless given."""
     scale = (args.scale or state.get("scale")) if args.tile else None
     if args.tile and not scale:
         raise UserError("the checkpoint does not say at which scale it was trained: give --scale")

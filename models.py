@@ -95,8 +95,7 @@ class UNet(nn.Module):
 
 class ImagePooling(nn.Sequential):
     """torchvision's `ASPPPooling` with the same layers, but its result stays channels last.
-    Otherwise its gradients, and those of the 1,280 channels beside it, would change their
-    layout."""
+    Otherwise its gradients, and those of the 1,280 channels beside it, would change layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 2048, H, W) -> (N, 256, H, W), the same at each pixel."""
