@@ -238,9 +238,7 @@ class Skipped:
         Raises Unusable if there is no such file."""
         try:
             stat = path.stat()
-        except PermissionError:
-            raise
-        except OSError:  # a link that leads nowhere
+        except FileNotFoundError:  # a link that leads nowhere
             raise Unusable(MISSING) from None
         for key in ((stat.st_dev, stat.st_ino), (task.id, task.mask, stat.st_size)):
             other, known = self.seen.setdefault(key, (path, task))
@@ -408,8 +406,7 @@ def choose_classes(wanted: list[str], indexes: list[Index]) -> list[str]:
 
 
 def split_name(path: Path) -> str:
-    """The split's name, from its annotation file or its folder of masks; for Roboflow, the
-    folder."""
+    """The split's name, from its annotation file or folder of masks; for Roboflow, the folder."""
     path = Path(os.path.abspath(path))
     return path.parent.name if path.name.startswith("_") else path.stem.removeprefix("instances_")
 
@@ -476,8 +473,7 @@ def fold(name: str) -> str:
 
 
 def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | None]]:
-    """The folder with most of the files, the first of equals, and the paths of the files below
-    it."""
+    """The folder with most of the files, the first of equals, and their paths below it."""
     candidates = []
     for folder in folders:
         tree = Tree(folder)
@@ -504,8 +500,7 @@ def safe_name(name: object) -> str:
 
 def mask_names(paths: list[str]) -> list[str]:
     """The path of each image's mask: `cam0/a.jpg` gives `cam0/a.png`. If that is taken, also for
-    file systems that ignore case, the mask keeps the image's suffix; if it is too long, it is a
-    hash."""
+    file systems that ignore case, the mask keeps the image's suffix; if too long, it is a hash."""
     names, taken = [], set()
     for path in paths:  # a folder may be called a.png
         parts = fold(path).split("/")

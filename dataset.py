@@ -108,8 +108,7 @@ def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndar
 
 
 def rare_classes(manifest: Manifest, indices: np.ndarray, chosen: list[str] | None) -> list[str]:
-    """The `chosen` classes (or UserError), by default those that fewer than 5% of the images
-    hold."""
+    """The `chosen` classes (or UserError), by default those in fewer than 5% of the images."""
     for name in chosen or []:
         if name not in manifest.classes[1:]:
             raise UserError(f"--rare {name}: choose from {', '.join(manifest.classes[1:])}")
@@ -127,8 +126,7 @@ def oversample(manifest: Manifest, indices: np.ndarray, rare: list[str], factor:
 
 
 def holders(manifest: Manifest, indices: np.ndarray) -> dict[int, np.ndarray]:
-    """{label: those of the `indices` that hold it, each once} for each foreground label that
-    occurs."""
+    """{label: those of the `indices` that hold it, each once} for each class that occurs."""
     indices = np.unique(indices)
     found = {c: indices[manifest.pixels[indices, c] > 0] for c in range(1, len(manifest.classes))}
     return {label: images for label, images in found.items() if len(images)}
@@ -275,10 +273,7 @@ def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
 def load_mask(manifest: Manifest, index: int) -> np.ndarray:
     """Mask (H, W) uint8. Raises UserError."""
     path = manifest.data / "masks_raw" / manifest.masks[index]
-    mask = read_mask(path, int(manifest.checksums[index]))
-    if mask.shape != tuple(manifest.sizes[index].tolist()):
-        raise UserError(f"{path} is not of the manifest's size: run prepare_masks.py again")
-    return mask
+    return read_mask(path, int(manifest.checksums[index]))
 
 
 class EpochBatches(Sampler):
@@ -341,8 +336,7 @@ class EpochBatches(Sampler):
 
 class TrainingSet(Dataset):
     """Augmented crops: image (3, size, size), mask (size, size), uint8. A key is (epoch, position,
-    index, label), all that a crop depends on. It is centred on a pixel of the label, unless that is
-    0."""
+    index, label), all that a crop depends on: it is centred on a pixel of the label, unless 0."""
 
     def __init__(self, manifest: Manifest, size: int, seed: int):
         self.manifest, self.size, self.seed = manifest, size, seed

@@ -91,11 +91,8 @@ class Predictor(NamedTuple):
     def tiled(self, picture: Image.Image, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
         """`best_labels` of an RGB picture, by windows."""
         width = min(self.size, max(1, round(self.tiling.scale * picture.width)))
-
-        def run(images: Tensor) -> Tensor:
-            return self.logits(images, [width] * len(images))
-
-        return tiled_labels(run, self.tiling, picture, wanted)
+        widths = [width] * self.tiling.batch_size
+        return tiled_labels(lambda x: self.logits(x, widths), self.tiling, picture, wanted)
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """(2,) float32: the cross entropy summed over the valid pixels, and their number. The (H,
@@ -276,8 +273,7 @@ def validated(state: dict, manifest: Manifest) -> np.ndarray:
 def load_predictor(
     state: dict, device: torch.device, args: argparse.Namespace, size: int | None = None
 ) -> Predictor:
-    """The network of a loaded checkpoint; size, scale and precision as in training, unless
-    given."""
+    """The network of a loaded checkpoint; size, scale and precision as trained, unless given."""
     scale = (args.scale or state.get("scale")) if args.tile else None
     if args.tile and not scale:
         raise UserError("the checkpoint does not say at which scale it was trained: give --scale")

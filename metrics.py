@@ -131,8 +131,7 @@ def class_interval(counts: np.ndarray, others: np.ndarray) -> list[float] | None
 
 def mean_interval(value: float | None, others: np.ndarray) -> list[float] | None:
     """Interval of a mean IoU, or of its mean over seeds, from the values without each of the
-    images. None if the value is 0, as nothing is hit, or if there are fewer than `FEWEST`
-    images."""
+    images. None if the value is 0, as nothing is hit, or of fewer than `FEWEST` images."""
     if not value or value != value or len(others) < FEWEST:
         return None
     return np.clip(jackknife(value, others)[0], 0, 1).tolist()
@@ -237,8 +236,7 @@ def pick(how: str, count: int, counts: np.ndarray, classes: list[str]) -> np.nda
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    """The report for a person: a comparison if there are several checkpoints, then each in
-    detail."""
+    """The report for a person: a comparison of several checkpoints, then each in detail."""
     result = [comparison_table(entries)] if len(entries) > 1 else []
     if "difference" in entries[-1]:
         result.append(difference_table(entries))

@@ -95,8 +95,7 @@ class UNet(nn.Module):
 
 class ImagePooling(nn.Sequential):
     """torchvision's `ASPPPooling` with the same layers, but its result stays channels last.
-    Otherwise its gradients, and those of the 1,280 channels beside it, would change their
-    layout."""
+    Otherwise its gradients, and those of the 1,280 channels beside it, would change layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 2048, H, W) -> (N, 256, H, W), the same at each pixel."""
@@ -329,10 +328,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: {remedy}") from None
-    except PermissionError:
+    except (PermissionError, IsADirectoryError):
         raise
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: {remedy}") from None
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         damaged = f"cannot read the checkpoint {path} (damaged: {reason})"
@@ -364,10 +361,9 @@ def check_state(state: dict) -> None:
     parts = [part for key in state["val_ids"] for part in key]
     _require("val_ids", {*map(len, state["val_ids"])} <= {2, 3})
     _require("val_ids", all(isinstance(part, str | int) for part in parts))
+    plain = str | int | float | list | None
     for name, value in arguments.items():
-        _require(
-            "args", isinstance(name, str) and isinstance(value, str | int | float | list | None)
-        )
+        _require("args", isinstance(name, str) and isinstance(value, plain))
     for name, type_ in {"data": str, "amp": str, "coco_root": str | None}.items():
         _require(name, isinstance(arguments.get(name), type_))
     _require("scale", 0 < state.get("scale", 1) <= LARGEST_SIZE)
@@ -376,9 +372,8 @@ def check_state(state: dict) -> None:
         numbers += [line["train_loss"], line.get("val_loss"), line["lr"] + 0, line["epoch"] + 0]
         numbers += [line.get("seconds", 0)]
         _require("history", all(0 <= (number or 0) < math.inf for number in numbers))
-    _require(
-        "origin", all(isinstance(w, str) for item in state.get("origin", {}).items() for w in item)
-    )
+    words = [word for item in state.get("origin", {}).items() for word in item]
+    _require("origin", all(isinstance(word, str) for word in words))
     _require("precision", state.get("precision", "off") in ("off", "bf16", "fp16"))
     with torch.device("meta"):
         network = kind(len(classes), arguments["width"])

@@ -118,8 +118,7 @@ def write_outputs(
     out: Path, colors: list, shown: list[bool], item: tuple[Path, Image.Image], found: list
 ) -> None:
     """Write mask, coloured mask and overlay of an image, from what was `found`: (H, W) uint8
-    labels, and perhaps probabilities. Labels that are not `shown` become background. Changes the
-    image."""
+    labels, and perhaps probabilities. Labels not `shown` become background. Changes the image."""
     (path, image), (labels, *probability) = item, found
     probability = [part * np.array([True, *shown[1:]])[labels] for part in probability]
     labels = labels if all(shown) else (np.arange(len(shown)) * shown).astype(np.uint8)[labels]

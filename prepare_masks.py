@@ -444,9 +444,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.masks and (args.colors or args.ignore or any(args.mask_suffix)):
         parser.error("--colors, --ignore and --mask-suffix belong to --masks")
     if len(args.mask_suffix) > 2:
-        parser.error(
-            "--mask-suffix: give one for the masks, and one for the images if they have any"
-        )
+        parser.error("--mask-suffix: give one for the masks, and perhaps one for the images")
     args.classes = args.classes or CLASSES
     for flag, names in (("--classes", args.classes), ("--priority", args.priority)):
         for name in names:
@@ -491,10 +489,8 @@ def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
     else those of the other splits, which the same tool wrote; by default as in COCO, "stored"."""
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
-        seen = (
-            f"note: EXIF rotates {total['unclear']} images, and no size shows whether it did when"
-        )
-        print(f"{seen} they were annotated: if the masks look wrong, say --exif upright")
+        seen = f"note: EXIF rotates {total['unclear']} images, and no size shows whether it did"
+        print(f"{seen} when they were annotated: if the masks look wrong, say --exif upright")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
     return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
 
@@ -503,10 +499,8 @@ def print_notes(totals: dict[str, Counter], classes: list[str], crowd: str) -> N
     """Point out what may not be intended: many crowds, covered classes, rings in rings."""
     hidden = []
     for label, name in enumerate(classes):
-        crowds, instances, crowded, drawn, pixels = (
-            totals[kind][str(label)]
-            for kind in ("crowds", "instances", "crowded", "drawn", "pixels")
-        )
+        kinds = ("crowds", "instances", "crowded", "drawn", "pixels")
+        crowds, instances, crowded, drawn, pixels = (totals[kind][str(label)] for kind in kinds)
         if crowd == "ignore" and (10 * crowds > instances or crowded > drawn):
             found = f"note: {crowds} of {crowds + instances} {name} are crowds (iscrowd 1), ignored"
             print(f"{found}: --crowd class if they are objects, as brushes and Roboflow write them")

@@ -184,8 +184,7 @@ def curves(history: list[dict], classes: list[str], colors: list) -> str:
 
 
 def charts(history: list[dict], classes: list[str], colors: list) -> dict[str, str]:
-    """SVG charts of loss, learning rate and IoU by epoch, from the lines of metrics.jsonl; the best
-    epoch is marked."""
+    """SVG charts of loss, learning rate and IoU by epoch, of metrics.jsonl; the best is marked."""
     paints = ["gray", *(f"rgb{tuple(color)}" for color in colors[1:])]
     iou = [(n, [line["val_iou"].get(n) for line in history], p) for n, p in zip(classes, paints)]
     keys = {"training": "train_loss", "validation CE": "val_loss", "": "lr"}

@@ -149,8 +149,7 @@ class Run:
             say("class weights:", {name: round(w, 2) for name, w in self.named_weights.items()})
 
     def begin(self, new: bool) -> None:
-        """Start the log: write args.json into the run directory, unless another run has taken
-        it."""
+        """Start the log: write args.json into the run directory, if no other run has taken it."""
         args = self.args
         if new:
             refuse_taken(self.out / "last.pt")  # since the arguments were checked
@@ -270,8 +269,7 @@ class Run:
     @torch.no_grad()
     def dice_of_parts(self, batches: list[list[Tensor]]) -> Tensor:
         """`Totals.dice` of a step in several parts, which the gradient of the first part needs.
-        Takes one more forward pass per part, which leaves the statistics of batch norm as they
-        are."""
+        Takes one more forward pass per part, which does not change statistics of batch norm."""
         sums = 0
         for images, masks in batches:
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -599,9 +597,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
-    add(
-        "--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves of last.pt"
-    )
+    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves")
     parser.set_defaults(fresh=None)  # classes that the weights do not know: a Run finds out
     modes = ["auto", "online", "offline", "disabled"]
     add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")

@@ -594,9 +594,8 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
     assert (predictor.dtype, predictor.size) == (None, 48)
 
 
-def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="is a folder"):
-        load_checkpoint(tmp_path)
+def test_a_folder_is_no_checkpoint(tmp_path, refused):
+    assert f"cannot use {tmp_path} (Is a dir" in refused("evaluate", "--ckpt", tmp_path)
 
 
 MUTATED = [  # each once ended in a traceback, a crash of the interpreter or 10^9 processes

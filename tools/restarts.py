@@ -24,8 +24,7 @@ FLAGS = "--model unet --width 4 --size 32 --batch-size 4 --workers 0 --device cp
 
 
 def train_and_die(kills: int, argv: list[str]) -> None:
-    """As a rank: note each life's first step; rank 1 dies in its second, until it has often enough.
-    Then both end."""
+    """As a rank: note each life's first step. Rank 1 dies in its second; in the end, both end."""
     step, notes = train.Run.train_step, Path(argv[argv.index("--out") + 1], "lives")
     life = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
