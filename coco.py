@@ -521,16 +521,8 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
     """The tasks of a split, in which `mask` is still the image's own path. Raises UserError if two
     files share an id, if most images are missing, or if an earlier split has the same image without
     a class that this split labels."""
-    (split, source, folders), rows, owners, tasks, shared = index.source, [], {}, {}, {}
-    for id_, name, height, width in index.images:
-        try:
-            if id_ is None:
-                raise Unusable("image without an id")
-            rows.append((id_, safe_name(name), height, width))
-        except Unusable as reason:
-            if id_ is not None:
-                owners[id_] = str(name)
-            skipped.add("images", str(reason), split, name)
+    (split, source, folders), owners, tasks, shared = index.source, {}, {}, {}
+    rows = _named_rows(index, owners, skipped)
     folder, found = locate([row[1] for row in rows], folders)
     files, doubtful, missing = {}, set(), []
     prefix = Path(os.path.relpath(folder, root)).as_posix()
@@ -569,6 +561,21 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
             remedy = "merge the files, or prepare them apart"
             raise UserError(f"{both}, and only the second has {classes[label]}: {remedy}")
     return [task for below, (task, _) in files.items() if below not in doubtful]
+
+
+def _named_rows(index: Index, owners: dict, skipped: Skipped) -> list[tuple]:
+    """The images that have an id and a name, which is made safe. `owners` gets the others' ids."""
+    rows = []
+    for id_, name, height, width in index.images:
+        try:
+            if id_ is None:
+                raise Unusable("image without an id")
+            rows.append((id_, safe_name(name), height, width))
+        except Unusable as reason:
+            if id_ is not None:
+                owners[id_] = str(name)
+            skipped.add("images", str(reason), index.source.split, name)
+    return rows
 
 
 def _same_image(*rows: tuple[Task, str]) -> bool:

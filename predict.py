@@ -147,6 +147,16 @@ def draw_over(image: Image.Image, labels: np.ndarray, draw: Callable) -> None:
         image.paste(strip.crop((0, top - first, image.width, top - first + height)), (0, top))
 
 
+def check_outputs(out: Path, folders: dict[str, str], files: list[Path]) -> None:
+    """Raise UserError if an output would take the place of an input, or of prepared masks."""
+    if (out / "manifest.json").exists():
+        raise UserError(f"{out} holds what prepare_masks.py wrote: choose another --out")
+    inputs = {os.path.realpath(path) for path in files}
+    for output in (out / k / (path.stem + end) for path in files for k, end in folders.items()):
+        if os.path.realpath(output) in inputs:
+            raise UserError(f"{output} would overwrite an input: choose another --out")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = common.ArgumentParser(description=__doc__)
@@ -176,14 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.tile:
         Image.MAX_IMAGE_PIXELS = LARGEST // 2  # Pillow refuses what has twice as many
     files = find_files(args.images)
-    inputs = {os.path.realpath(path) for path in files}
     folders = OUTPUTS | (PROBABILITIES if args.probabilities else {})
-    if (args.out / "manifest.json").exists():
-        raise UserError(f"{args.out} holds what prepare_masks.py wrote: choose another --out")
-    outputs = [args.out / k / (path.stem + end) for path in files for k, end in folders.items()]
-    for output in outputs:
-        if os.path.realpath(output) in inputs:
-            raise UserError(f"{output} would overwrite an input: choose another --out")
+    check_outputs(args.out, folders, files)
     state = load_checkpoint(args.ckpt, mmap=True)
     classes, colors = state["classes"], state["colors"]
     for name in args.classes or []:
