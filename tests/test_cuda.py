@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +131,31 @@ def test_loss_and_gradient_are_the_cpus(gamma, side, exact):
         loss = total_loss(outputs, labels, weight, gamma, totals)
         results.append([loss.cpu(), torch.autograd.grad(loss, x)[0].cpu()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-8)
+
+
+def test_only_a_gpu_with_nothing_to_do_waits_for_data(data, tmp_path, monkeypatch):
+    """A step of 1e9 cycles takes over 0.4 s on any GPU, in which the host waits for the next batch
+    at no cost: of 6 batches only the first one's 0.4 s count. With empty steps, all of them do."""
+    run, _ = a_run(data, tmp_path / "run", "--model", "unet")
+    batches = list(run.loader)
+
+    def slow_batches():
+        for batch in batches:
+            time.sleep(0.4)
+            yield batch
+
+    waits = []
+    for cycles in (10**9, 1):
+        run.loader, run.batch = slow_batches(), 0
+
+        def step(_, cycles=cycles):
+            torch.cuda._sleep(cycles)
+            return torch.zeros((), device="cuda")
+
+        monkeypatch.setattr(run, "train_step", step)
+        waits.append(run.train_one_epoch()["data_wait"])
+    assert waits[0] < 0.3
+    assert waits[1] > 0.8
 
 
 @pytest.mark.parametrize("flags", [[], ["--compile"]], ids=["eager", "compiled"])
