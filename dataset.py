@@ -81,13 +81,13 @@ def image_groups(manifest: Manifest, pattern: str | None) -> list[str]:
     groups, missed, keys = [], 0, manifest.keys(np.arange(len(manifest)))
     try:
         for (split, id_, name), path in zip(keys, manifest.files.tolist()):
-            match = re.search(pattern, name) or re.search(pattern, path) if pattern else None
-            missed += bool(pattern) and not match
+            match = (re.search(pattern, name) or re.search(pattern, path)) if pattern else None
+            missed += match is None
             match = match or re.search(r".+(?=\.rf\.)", name)
-            groups.append((match and match.group()) or f"{split}/{id_}")
+            groups.append(match.group() if match and match.group() else f"{split}/{id_}")
     except re.error as error:
         raise UserError(f"--group {pattern}: {error}; give a regular expression") from None
-    if missed:
+    if pattern and missed:
         print(f"warning: --group {pattern} matches nothing in the paths of {missed} images")
     return groups
 
@@ -102,8 +102,8 @@ def _stratified(manifest: Manifest, seed: int, names: list[str], groups: np.ndar
     validates = np.zeros(len(names), dtype=bool)
     for label in np.unique(rarest):
         stratum = sorted(np.flatnonzero(rarest == label).tolist(), key=hashes.__getitem__)
-        count = round(VAL_FRACTION * len(stratum))
-        validates[stratum[: max(count, 1) if len(stratum) > 1 else count]] = True
+        if len(stratum) > 1:  # a group alone in its stratum trains
+            validates[stratum[: max(1, round(VAL_FRACTION * len(stratum)))]] = True
     return validates
 
 
@@ -309,10 +309,10 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
         # Epochs are pieces of one sequence, in which a permutation of all images follows another.
         count = self.steps * self.images_per_step
-        number, first = divmod(self.epoch * count, len(self.indices))
+        number, skipped = divmod(self.epoch * count, len(self.indices))
         rngs = [np.random.default_rng([self.seed, number + i]) for i in range(2)]
         order = np.concatenate([rng.permutation(self.indices) for rng in rngs]).tolist()
-        order = self.balanced(order[first : first + count])
+        order = self.balanced(order[skipped : skipped + count])
         for batch in range(self.start * self.accumulate, len(self)):
             first = (batch * self.world + self.rank) * self.batch_size
             chosen = order[first : first + self.batch_size]
@@ -320,14 +320,13 @@ class EpochBatches(Sampler):
 
     def balanced(self, order: list[int]) -> list[tuple[int, int]]:
         """Index and label of each position of the epoch; label 0 where it is not drawn by class."""
-        rng = np.random.default_rng([self.seed, self.epoch, 0, 1])  # as no position of an epoch
-        groups, images = list((self.holders or {}).items()), []
+        rng = np.random.default_rng([self.seed, self.epoch, 0, 1])  # no crop has this seed
+        groups, images = list((self.holders or {}).items()), [(index, 0) for index in order]
         for position, (a, b) in enumerate(rng.random((len(order), 2)).tolist()):
-            if math.floor((position + 1) * self.balance) == math.floor(position * self.balance):
-                images.append((order[position], 0))
-                continue
-            label, group = groups[int(a * len(groups))]
-            images.append((int(group[int(b * len(group))]), label))
+            # Evenly spaced: where the sum of the shares so far reaches the next whole number.
+            if math.floor((position + 1) * self.balance) > math.floor(position * self.balance):
+                label, group = groups[int(a * len(groups))]
+                images[position] = (int(group[int(b * len(group))]), label)
         return images
 
     def __len__(self) -> int:
