@@ -155,9 +155,9 @@ def donor_rows(classes: list[str], weights: str) -> dict[int, int]:
 
 def fresh_classes(classes: list[str], weights: str) -> list[str]:
     """The classes that the weights do not know; none if there are no weights."""
-    if weights in ("none", "imagenet"):
-        return [] if weights == "none" else classes
-    rows = donor_rows(classes, weights)
+    if weights == "none":
+        return []
+    rows = {} if weights == "imagenet" else donor_rows(classes, weights)
     return [name for label, name in enumerate(classes) if label not in rows]
 
 
@@ -262,8 +262,9 @@ def pick_device(name: str) -> torch.device:
 
 def command_line() -> str:
     """The command that is running, so that it can be typed again."""
-    here, all_ = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("LOCAL_", ""))
-    launcher = f"torchrun --nnodes {all_ // here} --nproc-per-node {here}" if all_ > 1 else "python"
+    here, total = (int(os.environ.get(k, 1)) for k in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = total // here
+    launcher = f"torchrun --nnodes {nodes} --nproc-per-node {here}" if total > 1 else "python"
     return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
 
 
