@@ -83,17 +83,17 @@ class Run:
         self.origin, self.told_duration = models.origin(device), False
 
         self.manifest = manifest = common.load_manifest(args.data, args.coco_root)
-        how = (args.seed, args.val_split, args.group)
-        train_indices, self.val_indices = dataset.split_indices(manifest, *how)
+        split = dataset.split_indices(manifest, args.seed, args.val_split, args.group)
+        train_indices, self.val_indices = split
         self.upright = bool(manifest.upright[train_indices].mean() > 0.5)
         self.scale = args.size / float(np.median(manifest.sizes[train_indices].min(axis=1)))
         self.rare = dataset.rare_classes(manifest, train_indices, args.rare)
         if args.oversample > 1 and not self.rare:
             raise UserError("--oversample: no class is in fewer than 5% of the images: use --rare")
         indices = dataset.oversample(manifest, train_indices, self.rare, args.oversample)
-        share = (args.accumulate, rank(), world(), args.balance)
-        holders = dataset.holders(manifest, train_indices)
-        self.batches = dataset.EpochBatches(indices, args.batch_size, args.seed, *share, holders)
+        options = {"accumulate": args.accumulate, "rank": rank(), "world": world()}
+        options |= {"balance": args.balance, "holders": dataset.holders(manifest, train_indices)}
+        self.batches = dataset.EpochBatches(indices, args.batch_size, args.seed, **options)
         self.loader = dataset.training_loader(manifest, self.batches, args.size, args.workers)
         mine, loading = self.val_indices[rank() :: world()], (args.batch_size, args.workers)
         self.val_loader = dataset.evaluation_loader(manifest, mine, args.size, *loading)
@@ -124,7 +124,8 @@ class Run:
             self.ddp_model = torch.compile(self.ddp_model, options=options)
         if args.fresh is None:
             args.fresh = models.fresh_classes(classes, args.weights)
-        factor = (10.0 if args.fresh else 1.0) if args.head_lr is None else args.head_lr / args.lr
+        default = 10 * args.lr if args.fresh else args.lr
+        factor = args.head_lr / args.lr if args.head_lr else default
         head = models.head_of(args.model, args.weights)
         self.optimizer = models.build_optimizer(self.model, args.lr, head, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -672,11 +673,10 @@ def absolute(weights: str) -> str:
 
 
 def check_run(state: dict) -> None:
-    """Raise an error unless arguments and progress in a checkpoint have the types that `Run`
-    writes.
-    """
+    """Raise an error unless arguments and progress have the types that `Run` writes."""
     if "optimizer" not in state:
-        return  # which gets a sentence of its own
+        return  # `resumed` has a sentence of its own for this
+    # That these exist, or a KeyError. The last two lines test in the same way.
     _ = state["scaler"], state["wandb_id"], state["args"]["lr"], state["args"]["epochs"]
     expected = vars(build_parser().parse_args([]))
     for name, value in state["args"].items():
