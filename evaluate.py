@@ -88,11 +88,11 @@ class Predictor(NamedTuple):
         """(H, W) uint8 labels of an image of that native size from its (C, h, w) logits."""
         return best_labels(self.planes(logits, height, width))[0]
 
-    def tiled(self, picture: Image.Image, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
+    def tiled(self, picture: Image.Image, probs: bool = False) -> tuple[Tensor, Tensor | None]:
         """`best_labels` of an RGB picture, by windows."""
         width = min(self.size, max(1, round(self.tiling.scale * picture.width)))
         widths = [width] * self.tiling.batch_size
-        return tiled_labels(lambda x: self.logits(x, widths), self.tiling, picture, wanted)
+        return tiled_labels(lambda x: self.logits(x, widths), self.tiling, picture, probs)
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """(2,) float32: the cross entropy summed over the valid pixels, and their number. The (H,
@@ -125,7 +125,8 @@ def evaluate(
     """Pixel counts of the loader's images, in ascending order of their indices, and if `loss` is
     set the sums of `Predictor.loss`.
 
-    The model is put into evaluation mode and stays there. `between` is called after each image.
+    The model is put into evaluation mode and stays there. `between` is called after each image; the
+    default, `bool()`, does nothing.
     """
     indices = sorted(index for batch in loader.batch_sampler for index in batch)
     classes = len(loader.dataset.manifest.classes)
@@ -249,7 +250,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     held, images = validated(state, manifest), args.images
     missing = len({tuple(key) for key in state["val_ids"]}) - held.sum()
     if images == "all" or (other and images == "validation" and not held.any()):
-        held[:], images = True, "all"
+        held, images = np.ones_like(held), "all"
     elif missing or (other and images == "training"):
         unknown = f"does not say which of its images {path} was given"
         raise UserError(f"{manifest.data} {unknown}: say --images all")
@@ -388,25 +389,25 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")
     found = (evaluate_subject(subject, args, device) for subject in subjects)
     entries, all_counts = map(list, zip(*found))
-    intervals, merged = not args.no_intervals, []
-    if intervals:
+    merged = []
+    if not args.no_intervals:
         metrics.add_differences(entries, all_counts)
     if args.merge_seeds:
         settings = [subject.setting() for subject in subjects]
         merged.append(metrics.seeds_table(entries, all_counts, settings))
-    tables = merged + metrics.tables(entries)
-    # Of several checkpoints the terminal gets the comparison; --markdown has the details.
-    shown = tables if len(entries) == 1 else tables[: 1 + intervals + len(merged)]
-    print("\n\n".join(map(metrics.as_text, shown)))
+    comparison, details = metrics.comparison(entries), metrics.tables(entries)
+    # With several checkpoints the terminal shows only the comparison; --markdown has the details.
+    print("\n\n".join(map(metrics.as_text, merged + (comparison or details))))
     if args.markdown:
+        tables = merged + comparison + details
         write_text(args.markdown, "\n\n".join(map(metrics.as_markdown, tables)) + "\n")
     if args.json:
         write_text(args.json, json.dumps(entries, indent=1) + "\n")
     if args.html:
-        shown = zip(range(len(subjects)), subjects, entries, all_counts)
-        shown = [show_subject(*each, args, device) for each in shown]
-        winners = metrics.winners(all_counts) if intervals else []
-        write_text(args.html, page(shown, winners, command_line(), merged))
+        rows = zip(range(len(subjects)), subjects, entries, all_counts)
+        sections = [show_subject(*row, args, device) for row in rows]
+        winners = [] if args.no_intervals else metrics.winners(all_counts)
+        write_text(args.html, page(sections, winners, command_line(), merged))
         print(f"page: {args.html}")
     for subject, counts in zip(subjects, all_counts):
         if args.panels:

@@ -232,17 +232,19 @@ def pick(how: str, count: int, counts: np.ndarray, classes: list[str]) -> np.nda
     value = scores(counts, held=counts[:, 1:].any(axis=1))["foreground_miou"]
     order = np.argsort(-value if how == "best" else value, kind="stable")  # NaN sorts last
     order = order[: np.count_nonzero(~np.isnan(value))]
-    return (np.random.default_rng(0).permutation(order) if how == "random" else order)[:count]
+    order = np.random.default_rng(0).permutation(order) if how == "random" else order
+    return order[:count]
+
+
+def comparison(entries: list[dict]) -> list[Table]:
+    """Several checkpoints side by side, and their paired differences; nothing for a single one."""
+    result = [comparison_table(entries)] if len(entries) > 1 else []
+    return result + ([difference_table(entries)] if "difference" in entries[-1] else [])
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    """The report for a person: a comparison of several checkpoints, then each in detail."""
-    result = [comparison_table(entries)] if len(entries) > 1 else []
-    if "difference" in entries[-1]:
-        result.append(difference_table(entries))
-    for entry in entries:
-        result += [class_table(entry), confusion_table(entry)]
-    return result
+    """Each checkpoint in detail."""
+    return [table(entry) for entry in entries for table in (class_table, confusion_table)]
 
 
 def evaluated(entry: dict) -> str:

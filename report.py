@@ -70,11 +70,12 @@ def page(
         won = [winner == number for winner in winners or [None] * len(values)]
         rows.append([entry["ckpt"], *map(_bar, values, spans, [*won, False])])
     rows.append(["images with it", *map(str, entries[0]["images_with_class"].values())])
-    plural = "s" * (len(shown) > 1)
-    parts = [f"<h1>{len(shown)} checkpoint{plural} on {entries[0]['images']} images</h1>"]
+    several = len(shown) > 1
+    what = f"{len(shown)} checkpoints" if several else "1 checkpoint"
+    parts = [f"<h1>{what} on {entries[0]['images']} images</h1>"]
     parts += [_table(table, "wide") for table in merged or []]
     parts.append(_table((title, [head, *rows]), "wide many" if len(classes) > MANY else "wide"))
-    if plural and winners:
+    if several and winners:
         parts.append("<p>\u2605: best, by the 95% intervals of its paired differences</p>")
         parts.append(_table(metrics.difference_table(entries), "wide"))
     parts += map(_section, shown)
@@ -135,7 +136,7 @@ def _bar(value: float | None, interval: list[float] | None, won: bool) -> tuple[
     drawing += f'<rect x="{100 * value - 0.8:.1f}" width="1.6" height="9"/>'
     bar = f'<svg class="bar" viewBox="0 0 100 9" preserveAspectRatio="none">{drawing}</svg>'
     content = f"<b>{percent(value)}</b>{bar}<small>{span(interval)}</small>"
-    return ' class="winner"' * won, content
+    return ' class="winner"' if won else "", content
 
 
 def _heat(entry: dict) -> str:
@@ -152,7 +153,7 @@ def _heat(entry: dict) -> str:
             share = count / max(1, sum(counts))
             look = f'style="background: color-mix(in srgb, #0072b2 {share:.0%}, transparent)"'
             hover = _text(f"{truth} taken for {head[column]}: {count:,} pixels")
-            deep = ' class="deep"' * (share > 0.87)
+            deep = ' class="deep"' if share > 0.87 else ""
             row[column] = (f'{deep} {look} title="{hover}"', cell)
     return _table((title, [head, *rows]), "heat")
 
@@ -162,13 +163,15 @@ def figure(example: Example, classes: list[str], colors: list, name: str) -> str
     picks. `name` is unique within the page."""
     labels, layers, buttons = [[], example.mask, example.prediction, []], [], []
     for title, seen, picture in zip(TITLES, labels, pictures(example, colors, PICTURE)):
-        picture.save(content := io.BytesIO(), "WEBP", quality=80)
-        source = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+        file = io.BytesIO()
+        picture.save(file, "WEBP", quality=80)
+        source = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
         seen = ", ".join(classes[c] for c in np.unique(seen).tolist() if c < len(classes))
         size = f'width="{picture.width}" height="{picture.height}"'
         image = f'<img {size} alt="{_text(f"{title}: {seen}".strip(": "))}" src="{source}">'
         layers.append(f"<figure>{image}<figcaption>{title}</figcaption></figure>")
-        button = f'<input type="radio" name="{name}"{" checked" * (title == TITLES[2])}>'
+        checked = " checked" if title == "prediction" else ""
+        button = f'<input type="radio" name="{name}"{checked}>'
         buttons.append(f"<label>{button} {title}</label>")
     content = "".join([*buttons, '<div class="layers">', *layers, "</div>"])
     return f"<fieldset><legend>{_text(example.caption)}</legend>{content}</fieldset>"
@@ -185,24 +188,25 @@ def curves(history: list[dict], classes: list[str], colors: list) -> str:
 
 def charts(history: list[dict], classes: list[str], colors: list) -> dict[str, str]:
     """SVG charts of loss, learning rate and IoU by epoch, of metrics.jsonl; the best is marked."""
+
+    def series(name: str, key: str) -> tuple[str, list, str]:
+        return name, [line.get(key) for line in history], "var(--ink)"
+
     paints = ["gray", *(f"rgb{tuple(color)}" for color in colors[1:])]
     iou = [(n, [line["val_iou"].get(n) for line in history], p) for n, p in zip(classes, paints)]
-    keys = {"training": "train_loss", "validation CE": "val_loss", "": "lr"}
-    keys |= {"foreground": "val_foreground_miou"}
-    columns = [(n, [line.get(k) for line in history], "var(--ink)") for n, k in keys.items()]
-    epochs, means = [line["epoch"] for line in history], columns[3][1]
-    best = epochs[int(np.argmax([-1 if value is None else value for value in means]))]
-    drawn = {"loss": columns[:2], "learning rate": columns[2:3]}
-    drawn[f"IoU (best: epoch {best})"] = [columns[3], *iou]
+    epochs, mean = [line["epoch"] for line in history], series("foreground", "val_foreground_miou")
+    best = epochs[int(np.argmax([-1 if value is None else value for value in mean[1]]))]
+    drawn = {"loss": [series("training", "train_loss"), series("validation CE", "val_loss")]}
+    drawn |= {"learning rate": [series("", "lr")], f"IoU (best: epoch {best})": [mean, *iou]}
     return {title: _chart(title, series, epochs, best) for title, series in drawn.items()}
 
 
 def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str:
     """A chart of several series: each has a name, a value or None per epoch, and a colour."""
     known = [(n, [p for p in zip(epochs, v) if p[1] is not None], c) for n, v, c in series]
-    known, share = [one for one in known if one[1]], title.startswith("IoU")
+    known, is_iou = [one for one in known if one[1]], title.startswith("IoU")
     last, highest = max(1, epochs[-1]), max((p[1] for _, ps, _ in known for p in ps), default=1)
-    ticks = _ticks(1 if share else highest or 1)
+    ticks = _ticks(1 if is_iou else highest or 1)
 
     def place(epoch: float, value: float) -> tuple[float, float]:
         y = BOTTOM + (TOP - BOTTOM) * value / ticks[-1]
@@ -232,7 +236,7 @@ def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str
     for (name, points, color), (x, y), height in zip(named, ends, _spread([y for _, y in ends])):
         parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
         if name:
-            label = _text(name, 14) + f" {100 * points[-1][1]:.1f}" * share
+            label = _text(name, 14) + (f" {percent(points[-1][1])}" if is_iou else "")
             parts.append(f'<polyline stroke="{color}" points="{x},{y} {RIGHT + 15},{height}"/>')
             parts.append(words(RIGHT + 18, height + 4, label))
     return "".join(parts)
