@@ -73,7 +73,7 @@ def batches(
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
     """The images among `files` in batches of the same padded size; names those that it skips. Keeps
     no reference to a batch that it has yielded, since one picture may take gigabytes."""
-    stems, told = {}, upright
+    stems, told = {}, upright  # upright pictures need no note
     for first in tqdm(range(0, len(files), batch_size), unit="batch", disable=None):
         chunk, groups = files[first : first + batch_size], defaultdict(list)
         futures = [pool.submit(read, path, upright) for path in chunk]
@@ -87,10 +87,11 @@ def batches(
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
             if not told and orientation(image) != 1:
-                told = f"note: EXIF rotates {path}, but it is used as stored, as in training"
-                tqdm.write(f"{told}: say --exif upright for what a viewer shows", file=sys.stderr)
+                note = f"note: EXIF rotates {path}, but it is used as stored, as in training"
+                tqdm.write(f"{note}: use --exif upright for what a viewer shows", file=sys.stderr)
+                told = True
             groups[padded_size(image.height, image.width, size)].append((path, image))
-        image = future = futures = None
+        image = future = futures = None  # `groups` alone may refer to the images
         while groups:
             yield groups.popitem()[1]
 
@@ -182,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_running(parser, args)
     device = pick_device(args.device)
-    args.batch_size = args.batch_size or (8 if device.type != "cpu" else 1 if args.tile else 2)
+    default = (1 if args.tile else 2) if device.type == "cpu" else 8
+    args.batch_size = args.batch_size or default
     if args.tile:
         Image.MAX_IMAGE_PIXELS = LARGEST // 2  # Pillow refuses what has twice as many
     files = find_files(args.images)

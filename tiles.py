@@ -33,20 +33,20 @@ class Tiling(NamedTuple):
     batch_size: int = 1  # windows at once
 
 
-def best_labels(planes: Iterable[Tensor], wanted: bool = False) -> tuple[Tensor, Tensor | None]:
+def best_labels(planes: Iterable[Tensor], probs: bool = False) -> tuple[Tensor, Tensor | None]:
     """(H, W) uint8 labels from the (H, W) float32 logits of one class after the other, so that the
-    logits of all classes never exist at once; of equal logits the lowest label wins. If `wanted`,
+    logits of all classes never exist at once; of equal logits the lowest label wins. With `probs`,
     also (H, W) uint8, the probabilities of these labels in 255ths."""
     planes = iter(planes)
     best = next(planes).clone()
     labels = torch.zeros_like(best, dtype=torch.uint8)
-    total = best.clone() if wanted else None  # log of the sum of exp(logits)
+    total = best.clone() if probs else None  # log of the sum of exp(logits)
     for label, values in enumerate(planes, start=1):
         labels.masked_fill_(values > best, label)
         torch.maximum(best, values, out=best)
-        if wanted:
+        if probs:
             torch.logaddexp(total, values, out=total)
-    return labels, (255 * (best - total).exp()).round().byte() if wanted else None
+    return labels, ((255 * (best - total).exp()).round().byte() if probs else None)
 
 
 def windows(length: int, side: int) -> list[tuple[int, Tensor]]:
@@ -99,6 +99,7 @@ def complete_rows(
     across = [(x, w.to(device)) for x, w in across if x < right and x + side > left]
     down = windows(max(size[0], side), side)
     ends = [top for top, _ in down[1:]] + [size[0]]
+    # One row more, the last of the windows above: pixels of the picture lie between two rows.
     sums = torch.zeros(classes, 1 + side, right - left, device=device)
     bar = tqdm(zip(down, ends), "tiles", len(down), leave=False, disable=None, unit="row", delay=2)
     for (top, row_weights), end in bar:
@@ -118,9 +119,9 @@ def complete_rows(
 
 @torch.inference_mode()
 def tiled_labels(
-    run: Callable, tiling: Tiling, picture: Image.Image, wanted: bool = False
+    run: Callable, tiling: Tiling, picture: Image.Image, probs: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(H, W) uint8 labels of an RGB picture, and if `wanted` their probabilities in 255ths.
+    """(H, W) uint8 labels of an RGB picture, and with `probs` their probabilities in 255ths.
 
     `run` maps (N, 3, side, side) uint8 windows to (N, C, side, side) logits, both on the device. If
     a row of windows has too many logits, the picture is processed in blocks of columns; windows
@@ -129,21 +130,21 @@ def tiled_labels(
     native, device = (picture.height, picture.width), tiling.device
     size = tuple(max(1, round(tiling.scale * length)) for length in native)
     rows, columns = (neighbours(*lengths) for lengths in zip(native, size))
-    found = [torch.zeros(native, dtype=torch.uint8, device=device) for _ in range(1 + wanted)]
+    found = torch.zeros(2 if probs else 1, *native, dtype=torch.uint8, device=device)
     block = max(tiling.side, SUMS // (tiling.classes * tiling.side))
     chunk = max(1, PIXELS // native[1])
     for left in range(0, size[1], block):
         first, last = torch.searchsorted(columns[0], torch.tensor([left, left + block])).tolist()
         across = (columns[:, first:last] - torch.tensor([[left], [left], [0]])).float().to(device)
-        right, done = min(left + block + 1, size[1]), 0
+        right, done = min(left + block + 1, size[1]), 0  # pixels lie between two columns
         for start, sums, end in complete_rows(run, tiling, picture, size, left, right):
             stop = int(torch.searchsorted(rows[1], end))
             for top in range(done, stop, chunk):
                 bottom = min(top + chunk, stop)
                 down = rows[:, top:bottom] - torch.tensor([[start], [start], [0]])
                 down = down.float().to(device)
-                parts = best_labels((interpolated(x, down, across) for x in sums), wanted)
+                parts = best_labels((interpolated(x, down, across) for x in sums), probs)
                 for target, part in zip(found, parts):
                     target[top:bottom, first:last] = part
             done = stop
-    return found[0], found[1] if wanted else None
+    return found[0], (found[1] if probs else None)
