@@ -134,7 +134,8 @@ def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[st
     merged, areas = rle.merge(encoded), rle.area(encoded)
     if not rle.area(merged):
         raise Empty(OUTSIDE if outside else "segmentation covers no pixel")
-    return merged, dropped, bool(areas.sum() - rle.area(merged) >= max(1, areas.min()))
+    overlap = areas.sum() - rle.area(merged)  # at least the smallest ring, if another encloses it
+    return merged, dropped, bool(overlap >= max(1, areas.min()))
 
 
 def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
@@ -149,9 +150,9 @@ def encode_bbox(bbox: object, height: int, width: int) -> dict | None:
 def states_nothing(annotation: dict) -> bool:
     """Whether an annotation itself says that it covers nothing: a point or a placeholder."""
     box, area = annotation.get("bbox"), annotation.get("area")
-    nothing = box == [] or (isinstance(box, list) and 0 in box[2:]) or area is not None
+    empty_box = box == [] or (isinstance(box, list) and 0 in box[2:])
     empty = annotation.get("segmentation") in (None, [], [[]], {}, "")
-    return empty and nothing and whole(area or 0) == 0
+    return empty and (empty_box or area is not None) and whole(area or 0) == 0
 
 
 def _checked_polygon(polygon: object) -> np.ndarray:
@@ -495,7 +496,8 @@ def safe_name(name: object) -> str:
     parts = [*takewhile(lambda part: part not in ("/", "//", ".."), reversed(path.parts))][::-1]
     if not parts:
         raise Unusable("image without a file name")
-    return "/" * (len(parts) < len(path.parts) or drive != "") + "/".join(parts)
+    elsewhere = drive or len(parts) < len(path.parts)
+    return ("/" if elsewhere else "") + "/".join(parts)
 
 
 def mask_names(paths: list[str]) -> list[str]:
@@ -538,7 +540,7 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
                 raise Unusable(MISSING)
             if below in files:
                 tasks[id_], its_name = files[below]
-                if _same_image((task, name), files[below]):
+                if _same_image(task, name, *files[below]):
                     raise Unusable("another row holds the image: merged")
                 if below not in doubtful:
                     skipped.add("images", DOUBTFUL, split, its_name)
@@ -578,10 +580,9 @@ def _named_rows(index: Index, owners: dict, skipped: Skipped) -> list[tuple]:
     return rows
 
 
-def _same_image(*rows: tuple[Task, str]) -> bool:
-    """Whether two rows, which lead to the same file, are of the same image: by name, which says so
-    unless only the end of it was found, and by size."""
-    (task, name), (other, its_name) = rows
+def _same_image(task: Task, name: str, other: Task, its_name: str) -> bool:
+    """Whether two rows that lead to the same file are the same image: their sizes do not differ,
+    and their names are equal, or both were found whole and not only by their ends."""
     sizes = {(task.height, task.width), (other.height, other.width)} - {(0, 0)}
     return len(sizes) < 2 and (name == its_name or "/" not in (name[0], its_name[0]))
 

@@ -256,7 +256,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """As in argparse, of expanded arguments. Numbers must be within their `LIMITS`."""
         words, flags = [], [""]
         for given in sys.argv[1:] if argv is None else argv:
-            flags += [given.partition("=")[0]] if given.startswith("--") else []
+            if given.startswith("--"):
+                flags.append(given.partition("=")[0])
             words += [given] if flags[-1] in self.LITERAL else self.expanded(given)
         for action in self._actions:  # a second list would take the place of the first
             if action.nargs == "+" and sum(map(flags.count, action.option_strings)) > 1:
@@ -281,7 +282,7 @@ class ArgumentParser(argparse.ArgumentParser):
         path = os.path.expanduser(path)
         # A file may be called "a[1].jpg": a name is a pattern only where nothing has it.
         found = [] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        return [*[flag] * bool(flag), *found] if found else [flag + equals + path]
+        return [part for part in (flag, *found) if part] if found else [flag + equals + path]
 
 
 def default_workers() -> int:
@@ -295,11 +296,11 @@ def say(*words: object) -> None:
     try:
         print(*words, flush=True)
     except OSError:  # its reader is gone, its terminal, or the disk is full
-        _is_closed(sys.stdout)
+        _silence_if_closed(sys.stdout)
 
 
-def _is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads it. If so, it leads nowhere from now on, since Python will flush it."""
+def _silence_if_closed(stream: TextIO) -> bool:
+    """Whether nobody reads the stream. If so, redirect it to nothing: Python will flush it."""
     try:
         stream.write("\n")
         stream.flush()
@@ -328,7 +329,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         # From a loader process it comes with that process's traceback before it.
         sentence = " ".join(str(error).split("UserError: ")[-1].split())
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and not error.filename and _is_closed(sys.stdout):
+        piped = isinstance(error, BrokenPipeError) and not error.filename
+        if piped and _silence_if_closed(sys.stdout):
             sys.exit(141)
         # torch reports a dead loader process as a lost connection, as an error from its handler of
         # SIGCHLD, or as both.

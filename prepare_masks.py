@@ -162,13 +162,13 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
         raise Unusable("image file is not readable") from None
     turned = size[::-1] if turns >= 5 else size
     upright = stated == turned if all(stated) else work.exif == "upright"
-    exif = "unclear" if turned == size or not all(stated) else "upright" if upright else "stored"
-    size = turned if upright else size
+    clear = all(stated) and turned != size
+    size, exif = (turned, "upright") if upright else (size, "stored")
     if all(stated) and size != stated:
         raise Unusable("image file has another size than its annotations or its mask")
     if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise Unusable(f"image has more than {Image.MAX_IMAGE_PIXELS} pixels")
-    return *size, exif if turns != 1 else None
+    return *size, (exif if clear else "unclear") if turns != 1 else None
 
 
 def read_places(path: Path, places: list[tuple]) -> Iterator[tuple[int, dict]]:
@@ -245,7 +245,7 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
             counts = row.pop("counts") | {"pixels": row["pixels"]}
             for name, count in counts.items():
                 totals[name].update(count)
-            totals["images"].update(set().union(*(counts.get(name, ()) for name in COLUMNS)))
+            totals["images"].update({label for name in COLUMNS for label in counts.get(name, ())})
             exif[task.split][row.pop("exif")] += 1
             rows.append(row)
     except BrokenProcessPool:
@@ -331,9 +331,10 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
     """A task for each image that has a mask with the same path below its folder, apart from the
     `suffixes` of the stems, those of masks and of images."""
     split, folder, tasks = source.split, source.folders[0], []
-    masks = files_by_stem(source.path, suffixes[0], set())
+    mask_suffix, image_suffix = [*suffixes, ""][:2]
+    masks = files_by_stem(source.path, mask_suffix, set())
     taken = {source.path / name for name in masks.values()} if any(suffixes) else set()
-    images = files_by_stem(folder, [*suffixes, ""][1], taken)
+    images = files_by_stem(folder, image_suffix, taken)
     for stem in sorted(masks.keys() - images.keys()):
         skipped.add("annotations", "mask without an image", split, masks[stem])
     for stem, image in sorted(images.items()):
@@ -430,7 +431,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if bool(paths) != bool(args.images_dir):
         parser.error("--images-dir belongs to --annotations and to --masks: give both")
     if paths:
-        args.images_dir *= len(paths) if len(args.images_dir) == 1 else 1
+        if len(args.images_dir) == 1:
+            args.images_dir *= len(paths)
         args.split = args.split or [coco.split_name(path) for path in paths]
         if not len(paths) == len(args.images_dir) == len(set(args.split)) == len(args.split):
             files = "--annotations or --masks"
