@@ -1,4 +1,4 @@
-"""COCO annotation files of any tool, read without trusting them, and their segmentations.
+"""COCO annotation files from any tool, read without trusting them, and their segmentations.
 
     index = read_index(source)  # what the preparation needs to know about images and annotations
     tasks = split_tasks(index, root, classes, skipped)
@@ -165,7 +165,7 @@ def _checked_polygon(polygon: object) -> np.ndarray:
     if len(points) % 2:
         raise Unusable("polygon has an odd count of numbers")
     points = points.reshape(-1, 2)
-    if not (np.abs(points) <= MAX_COORDINATE).all():  # nor is NaN
+    if not (np.abs(points) <= MAX_COORDINATE).all():  # which is false for NaN too
         raise Unusable("polygon coordinate is not finite or out of bounds")
     edges = np.abs(points - np.concatenate([points[-1:], points[:-1]]))
     if edges.max(axis=1).sum() > MAX_OUTLINE:
@@ -243,7 +243,7 @@ class Skipped:
             raise Unusable(MISSING) from None
         for key in ((stat.st_dev, stat.st_ino), (task.id, task.mask, stat.st_size)):
             other, known = self.seen.setdefault(key, (path, task))
-            # Compared, since on some network drives all files have the same number.
+            # Compared, since on some network drives all inode numbers are equal.
             same = other == path or filecmp.cmp(path, other, shallow=False)
             if known.split != task.split and same:
                 return known
@@ -360,7 +360,7 @@ def read_index(source: Source) -> Index:
                         raise ValueError(f"category {id_} is both {names[id_]!r} and {name!r}")
     except (ValueError, RecursionError) as error:
         what = f"cannot read {source.path} ({error})"
-        raise UserError(f"{what}: mend it, or export it again") from None
+        raise UserError(f"{what}: repair it, or export it again") from None
     for key in ("images", "annotations", "categories"):
         if key not in lists:
             raise UserError(f"{source.path} has no list {key!r}: it is not a COCO instances file")
@@ -469,12 +469,12 @@ class Tree:
 
 
 def fold(name: str) -> str:
-    """Equal for names that some file system takes for the same."""
+    """A form that is equal for names that some file system takes to be the same."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def locate(names: list[str], folders: Iterable[Path]) -> tuple[Path, list[str | None]]:
-    """The folder with most of the files, the first of equals, and their paths below it."""
+    """The folder with the most of these files (of several, the first), and their paths below it."""
     candidates = []
     for folder in folders:
         tree = Tree(folder)
@@ -560,7 +560,7 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
         earlier = shared.get(image_id)
         if earlier and label not in (own for own, *_ in earlier.annotations):
             both = f"{earlier.source} and {source} label the same images"
-            remedy = "merge the files, or prepare them apart"
+            remedy = "merge the files, or prepare them separately"
             raise UserError(f"{both}, and only the second has {classes[label]}: {remedy}")
     return [task for below, (task, _) in files.items() if below not in doubtful]
 

@@ -46,7 +46,7 @@ DEATH = r"DataLoader worker .* (exited unexpectedly|is killed by signal)|DataLoa
 
 
 class UserError(ValueError):
-    """What a user can mend: one sentence that names the path or the value, and the remedy."""
+    """What the user can fix: one sentence that names the path or the value, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             yield file
             if sync:
                 file.flush()
-                with _tolerated(f"the disk of {file.name} knows no fsync"):
+                with _tolerated(f"the disk of {file.name} does not support fsync"):
                     os.fsync(file.fileno())
         rename(temporary, path)
     except BaseException as error:
@@ -179,7 +179,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _tolerated(warning: str) -> Iterator[None]:
-    """Warns about what a file system cannot do, instead of an error."""
+    """Turns the error of a file system that lacks a feature into a warning."""
     try:
         yield
     except OSError as error:
@@ -205,17 +205,17 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
-            with _tolerated(f"the disk of {folder} knows no locks"):
+            with _tolerated(f"the disk of {folder} does not support locks"):
                 if sys.platform == "win32":
                     import msvcrt
 
                     msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
                 else:
-                    import fcntl  # whose lockf's lock is not its children's, as flock's
+                    import fcntl  # lockf: children inherit a lock of flock
 
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            remedy = "wait until it has ended, or take another --out"
+            remedy = "wait until it has ended, or choose another --out"
             raise UserError(f"{folder} is in use by another run: {remedy}") from None
         yield
 
@@ -244,7 +244,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Expands ~ and globs, which not every shell does, and no shell within quotes; but not in the
+    """Expands ~ and globs, since not every shell does, and none does inside quotes; but not in the
     values of flags that take no path."""
 
     LITERAL = ("--group", "--classes", "--priority", "--rare", "--pick")
@@ -253,7 +253,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """As in argparse, of expanded arguments. Numbers must be within their `LIMITS`."""
+        """As in argparse, after expansion. Numbers must be within their `LIMITS`."""
         words, flags = [], [""]
         for given in sys.argv[1:] if argv is None else argv:
             if given.startswith("--"):
@@ -292,10 +292,10 @@ def default_workers() -> int:
 
 
 def say(*words: object) -> None:
-    """Print a line immediately. A closed output is no reason to end a training."""
+    """Print a line immediately. A closed output must not end a training run."""
     try:
         print(*words, flush=True)
-    except OSError:  # its reader is gone, its terminal, or the disk is full
+    except OSError:  # the reader or the terminal is gone, or the disk is full
         _silence_if_closed(sys.stdout)
 
 
@@ -341,13 +341,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         elif getattr(error, "filename", None):
             sentence = f"cannot use {error.filename} ({error.strerror}): give another path"
         elif "shared memory" in str(error) or "bus error" in str(error).lower():
-            remedy = "in Docker say --shm-size 8g or --ipc=host; else try fewer --workers"
+            remedy = "in Docker use --shm-size 8g or --ipc=host; else try fewer --workers"
             sentence = f"no shared memory is left for loader processes: {remedy}"
         elif re.search(r"MemoryError|can't allocate|out of memory|ALLOC_FAILED", repr(error)):
             remedy = "lower --size, --workers, or --batch-size and raise --accumulate as much"
             sentence = f"out of memory: {remedy}"
         elif re.search(COMPILER, str(error)):
-            remedy = "install one (gcc and g++; on a GPU also Triton), or say --no-compile"
+            remedy = "install one (gcc and g++; on a GPU also Triton), or use --no-compile"
             sentence = f"--compile finds no working C++ compiler: {remedy}"
         elif isinstance(error, ConnectionError | EOFError) or re.search(DEATH, str(error)):
             sentence = "a loader process died or hangs, perhaps out of memory: try fewer --workers"

@@ -7,7 +7,7 @@
     for images, masks in loader: ...
 
 An index is a row of the manifest. Nothing depends on global random state: the order of an epoch is
-a function of (seed, epoch), the augmentation of an image of (seed, epoch, its position in it).
+a function of (seed, epoch), the augmentation of an image of (seed, epoch, position in the epoch).
 """
 
 import atexit
@@ -148,7 +148,7 @@ def crop_box(
     """Top, left, height and width of a random crop: a quarter to all of the area, sides 3:4 to 4:3,
     centred on the pixel at `center` as far as the image allows.
 
-    Source: Szegedy et al. 2015, section 6; here a crop that is too high or too wide is shrunk until
+    Source: Szegedy et al. 2015, section 6; here a crop that is too tall or too wide is shrunk until
     it fits.
     """
     area = height * width * rng.uniform(0.25, 1)
@@ -246,7 +246,7 @@ def evaluation_input(image: Tensor, size: int) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32 with ImageNet mean 0 and deviation 1, channels last.
+    """(N, 3, H, W) uint8 -> float32, normalised with ImageNet's mean and deviation, channels last.
 
     Called on the device: one byte per channel crosses the bus, and the GPU does the arithmetic.
     """
@@ -258,8 +258,8 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. The host goes on only on CUDA: on Apple's MPS the copy might read what
-    the host has freed since."""
+    """A copy on the device. The host waits for it, except on CUDA: on Apple's MPS, the copy might
+    read what the host has freed since."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -422,8 +422,8 @@ def _loader(dataset: Dataset, batches, workers: int, collate=None) -> DataLoader
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=torch.cuda.is_initialized(),  # not where a CPU is used beside a GPU
-        persistent_workers=workers > 0 and collate is None,  # else two sets of them, in training
+        pin_memory=torch.cuda.is_initialized(),  # not if the CPU is chosen beside a GPU
+        persistent_workers=workers > 0 and collate is None,  # else two sets of them live on
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,
         # The default from Python 3.14 on would import torch in each of them: 0.4 GB.

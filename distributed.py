@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
-RENDEZVOUS = 60  # seconds to find each other in
+RENDEZVOUS = 60  # seconds in which processes must find each other
 
 
 def rank() -> int:

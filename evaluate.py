@@ -41,7 +41,7 @@ from models import (
 from report import Example, Shown, draw_panels, figure, page
 from tiles import Tiling, best_labels, tiled_labels
 
-GALLERY = 24  # images of a page, of all its checkpoints
+GALLERY = 24  # images on a page, shared by its checkpoints
 # Arguments in which runs of one setting may differ.
 ANY = {"seed", "out", "resume", "data", "coco_root", "workers", "device", "wandb", "save_every"}
 
@@ -170,11 +170,11 @@ def build_parser() -> argparse.ArgumentParser:
     images = ["validation", "training", "all"]
     add("--images", choices=images, default=images[0], help="which images to evaluate on")
     add("--coco-root", metavar="ROOT", help="where the images are now, if they were moved")
-    add("--other-data", action="store_true", help="accept other masks than those trained on")
-    add("--json", type=Path, metavar="FILE", help="also write the report here")
+    add("--other-data", action="store_true", help="accept masks other than those trained on")
+    add("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     html = "write a page with tables, curves and pictures, for a browser"
     add("--html", type=Path, metavar="FILE", help=html)
-    add("--markdown", type=Path, metavar="FILE", help="also write the tables here")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
     add("--panels", type=int, default=0, metavar="N", help="draw N images to CKPT_panels.png")
     add("--pick", default="worst", help="which images: worst, best, random, or a class")
     merge = "one row for runs that differ only in --seed: mean, lowest and highest"
@@ -191,7 +191,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     """Arguments of how a network is run."""
     add = parser.add_argument
     add("--flip", action="store_true", help="average with the prediction for the mirror image")
-    tile = "run overlapping windows over each picture, for those with far more pixels than trained"
+    tile = "run overlapping windows over each picture, for those far larger than in training"
     add("--tile", action="store_true", help=tile)
     scale = "with --tile, pixels of a window per pixel of the picture (default: median in training)"
     add("--scale", type=float, help=scale)
@@ -202,7 +202,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 def check_running(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse a scale without windows."""
     if args.scale is not None and not args.tile:
-        parser.error(f"--scale {args.scale:g} is of --tile: give both")
+        parser.error(f"--scale {args.scale:g} needs --tile: give both")
 
 
 class Subject(NamedTuple):
@@ -246,14 +246,14 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
         raise UserError(f"{manifest.data} holds {', '.join(manifest.classes[1:9])}: {own}")
     other = state["fingerprint"] != manifest.fingerprint
     if other and not args.other_data:
-        raise UserError(f"{manifest.data} holds other masks: {own}, or say --other-data")
+        raise UserError(f"{manifest.data} holds other masks: {own}, or use --other-data")
     held, images = validated(state, manifest), args.images
     missing = len({tuple(key) for key in state["val_ids"]}) - held.sum()
     if images == "all" or (other and images == "validation" and not held.any()):
         held, images = np.ones_like(held), "all"
     elif missing or (other and images == "training"):
         unknown = f"does not say which of its images {path} was given"
-        raise UserError(f"{manifest.data} {unknown}: say --images all")
+        raise UserError(f"{manifest.data} {unknown}: use --images all")
     elif images == "training":
         held = ~held
     if not held.any():
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     for path, images in zip(args.ckpt, compared):
         if images != compared[0]:
             what = "other images, masks or classes"
-            raise UserError(f"{path} has {what} than {args.ckpt[0]}: evaluate them apart")
+            raise UserError(f"{path} has {what} than {args.ckpt[0]}: evaluate it separately")
     picks = ["worst", "best", "random", *subjects[0].manifest.classes[1:]]
     if args.pick not in picks:
         raise UserError(f"--pick {args.pick}: choose from {', '.join(picks)}")

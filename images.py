@@ -26,9 +26,9 @@ def _open(path: Path, kind: str, missing: str, damaged: str) -> Iterator[Image.I
     except Exception as error:  # a damaged file can make Pillow's decoders raise anything
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "no image, or of a format that Pillow does not know"
+            reason = "not an image, or in a format that is not accepted"
         if isinstance(error, Image.DecompressionBombError):
-            reason, damaged = "more pixels than Pillow accepts", "for predict.py say --tile"
+            reason, damaged = "more pixels than Pillow accepts", "use predict.py --tile"
         raise UserError(f"cannot read the {kind} {path} ({reason}): {damaged}") from None
 
 

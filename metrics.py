@@ -13,8 +13,8 @@ from common import IGNORE_INDEX
 
 MEANS = {"miou": "mean", "foreground_miou": "foreground mean"}
 FEWEST, FEWEST_HIT = 4, 2  # images that hold a class, and with a hit, for an interval of its IoU
-MATRIX_LABELS = 12  # up to so many, a confusion matrix is printed whole
-LARGEST = 20  # of more labels, so many confusions
+MATRIX_LABELS = 12  # up to this many, the whole confusion matrix is printed
+LARGEST = 20  # confusions that are printed of more labels
 
 Table = tuple[str, list[list[str]]]  # a title, and rows of cells of which the first is the head
 
@@ -48,7 +48,7 @@ class ConfusionMatrix:
 
 def scores(counts: np.ndarray, held: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Scores of (..., 3, C) counts, as fractions, NaN where there is nothing to divide by: (..., C)
-    by class, and (...) means, which leave out NaN (foreground_miou also label 0).
+    by class, and (...) means, which leave out NaN (foreground_miou leaves out label 0 too).
 
     A class has an IoU where it is `held`, by default where the counts have truth."""
     hits, truth, predicted = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
@@ -292,7 +292,7 @@ def seeds_table(entries: list[dict], all_counts: list[np.ndarray], settings: lis
 
 
 def difference_table(entries: list[dict]) -> Table:
-    """Paired differences of the means to the first checkpoint."""
+    """Paired differences of the means from the first checkpoint."""
     rows = [["", "of", "points", "95% interval", "p"]]
     for entry in entries[1:]:
         for key, found in entry["difference"].items():

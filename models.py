@@ -176,7 +176,7 @@ def pretrained_state(weights) -> dict[str, Tensor]:
         return weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no space, or a damaged pickle: that raises anything
         reason = f"cannot load {weights.url} ({error or type(error).__name__})"
-        remedy = f"put the file at {path} (delete a damaged one), or take --weights none"
+        remedy = f"put the file at {path} (delete a damaged one), or use --weights none"
         raise UserError(f"{reason}: {remedy}") from None
 
 
@@ -345,7 +345,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None
         if check:
             check(state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is no sound checkpoint ({error!r}): {remedy}") from None
+        raise UserError(f"{path} is not a valid checkpoint ({error!r}): {remedy}") from None
     return state
 
 

@@ -1,4 +1,4 @@
-"""COCO annotations of any tool, or masks of one's own -> semantic masks for chosen classes.
+"""COCO annotations from any tool, or your own masks -> semantic masks for the classes you choose.
 
     python prepare_masks.py --coco-root coco --split train2017 val2017 --out data
     python prepare_masks.py --annotations a.json --images-dir photos --classes all --out data
@@ -151,7 +151,7 @@ def check_image(path: Path, height: int, width: int, work: Work) -> tuple[int, i
     try:
         with Image.open(path, formats=FORMATS) as image:
             size, stated = (image.height, image.width), (height, width)
-            # Pillow would decode a whole PNG to look further: only where the size says it must.
+            # EXIF may follow the pixels of a PNG, which Pillow would decode: only if sizes differ.
             looked = size != stated or "exif" in image.info or image.format == "TIFF"
             turns = orientation(image) if looked else 1
             if image.mode == "F":
@@ -249,7 +249,7 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
             exif[task.split][row.pop("exif")] += 1
             rows.append(row)
     except BrokenProcessPool:
-        remedy = f"try fewer --workers; with 1, the image after the newest in {work.folder} is it"
+        remedy = f"try fewer --workers; with 1, the image after the newest in {work.folder} did it"
         raise UserError(f"a worker died, killed or out of memory: {remedy}") from None
     finally:
         if pool:
@@ -269,10 +269,10 @@ def refuse_nothing(
     elif skipped.annotations:
         remedy += ". Masks need polygons or RLE, as in COCO's instances files"
     if totals["crowds"] and not totals["instances"] and args.crowd != "class":
-        remedy = "all annotations are crowds (iscrowd 1): say --crowd class if they are instances"
+        remedy = "all annotations are crowds (iscrowd 1): use --crowd class if they are instances"
     found = "no mask holds a pixel of " + ", ".join(classes[1:9])
     found = found if totals["pixels"] else "no usable image"
-    other = "nothing is labelled so: try other --classes or, for masks, other --colors (as 255)"
+    other = "nothing has these labels: try other --classes or, for masks, --colors (such as 255)"
     raise UserError(f"{found}: {remedy or other}")
 
 
@@ -290,20 +290,20 @@ def replacing(out: Path) -> Iterator[Path]:
     except FileNotFoundError:
         ours = (out / ".lock").exists() or not any((out / folder).exists() for folder in FOLDERS)
     if not ours:
-        what = f"{out} holds a manifest.json or masks that are not of prepare_masks.py"
+        what = f"{out} holds a manifest.json or masks that prepare_masks.py did not write"
         raise UserError(f"{what}: choose another --out")
     with common.locked(out):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir()
         try:
             yield work
-            # The old manifest leaves first and the new one comes last: it means complete masks.
+            # The old manifest goes first and the new one comes last: it means complete masks.
             moves = [(out / name, work / f"{name}.old") for name in names if (out / name).exists()]
             moves += [(work / name, out / name) for name in reversed(names)]
             try:
                 for source, target in moves:
                     common.rename(source, target)
-            except BaseException:  # as where a folder of Windows holds an open file
+            except BaseException:  # on Windows, if a file in the folder is open
                 for source, target in reversed(moves):
                     if not source.exists():
                         common.rename(target, source)
@@ -347,7 +347,7 @@ def mask_tasks(source: Source, root: Path, suffixes: list[str], skipped: Skipped
             if earlier := skipped.earlier(path, task):
                 if not filecmp.cmp(mask, earlier.source, shallow=False):
                     both = f"{earlier.source} and {mask} are different masks of the same image"
-                    raise UserError(f"{both}: merge them, or prepare them apart")
+                    raise UserError(f"{both}: merge them, or prepare them separately")
                 raise Unusable(f"image is in {earlier.split} too, and kept there")
             tasks.append(task)
         except Unusable as reason:
@@ -365,7 +365,7 @@ def find_tasks(args: argparse.Namespace, skipped: Skipped) -> tuple[Path, list[s
         try:
             root = Path(os.path.commonpath(folders))
         except ValueError:
-            raise UserError("--images-dir: give folders of one drive") from None
+            raise UserError("--images-dir: give folders on one drive") from None
         paths = [Path(os.path.abspath(path)) for path in args.annotations or args.masks]
         sources = list(map(Source, args.split, paths, [[folder] for folder in folders]))
     if args.masks:
@@ -412,9 +412,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--crowd", choices=crowds, default="ignore", help="what crowds become: 255, class, 0")
     exif = "which picture was annotated (default: as the stated sizes show)"
     add("--exif", choices=["stored", "upright"], help=exif)
-    add("--colors", nargs="+", help="of --masks: each class's value, or colour as R,G,B or #RRGGBB")
-    add("--ignore", nargs="+", default=[], help="of --masks: values or colours that become 255")
-    suffixes = "of --masks: the end of their stems, and of the images' stems"
+    add("--colors", nargs="+", help="for --masks: value of each class, or colour: R,G,B or #RRGGBB")
+    add("--ignore", nargs="+", default=[], help="for --masks: values or colours that become 255")
+    suffixes = "for --masks: what their stems end with, and what those of the images end with"
     add("--mask-suffix", nargs="+", default=[""], help=suffixes)
     add = parser.add_argument_group("run").add_argument
     add("--check", action="store_true", help="decode every image, to find truncated ones")
@@ -424,7 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Checked arguments. There are as many `split` and `images_dir` as files; `codes` is a dict."""
+    """Checked arguments, with a `split` and an `images_dir` per file, and the `codes` of masks."""
     parser = build_parser()
     args = parser.parse_args(argv)
     paths = args.annotations or args.masks or []
@@ -440,7 +440,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if any(Path(split).name != split for split in args.split):
             parser.error(f"--split {' '.join(args.split)}: give names without slashes")
     if args.masks and not args.classes:
-        parser.error("--masks: say with --classes what the values 1, 2, ... are")
+        parser.error("--masks: give --classes, the names of the values 1, 2, ...")
     if args.masks and (args.crowd != "ignore" or args.priority != PRIORITY):
         parser.error("--crowd and --priority belong to annotations, not to --masks")
     if not args.masks and (args.colors or args.ignore or any(args.mask_suffix)):
@@ -491,8 +491,8 @@ def exif_of(splits: list[str], found: dict[str, Counter]) -> dict[str, str]:
     else those of the other splits, which the same tool wrote; by default as in COCO, "stored"."""
     total = sum(found.values(), Counter())
     if total["unclear"] and not total["upright"] + total["stored"]:
-        seen = f"note: EXIF rotates {total['unclear']} images, and no size shows whether it did"
-        print(f"{seen} when they were annotated: if the masks look wrong, say --exif upright")
+        seen = f"note: EXIF rotates {total['unclear']} images, and no size shows if it was applied"
+        print(f"{seen} before annotation: if the masks look wrong, use --exif upright")
     shown = {s: found[s] if found[s]["upright"] + found[s]["stored"] else total for s in splits}
     return {split: "upright" if shown[split]["upright"] else "stored" for split in splits}
 

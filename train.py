@@ -5,7 +5,7 @@
 
 A run directory holds args.json, metrics.jsonl (one line per epoch), curves.svg, which a browser can
 show during the run, last.pt and best.pt (highest foreground mIoU). Ctrl-C saves and prints the
-command that continues.
+command that continues the run.
 """
 
 import argparse
@@ -304,7 +304,7 @@ class Run:
         left = hours * (self.args.epochs - self.epoch)
         say(f"about {60 * hours:.0f} minutes per epoch on this CPU, {left:.1f} hours in all")
         if hours > 1:
-            say("lower --size and --batch-size (128 and 4), or take --model unet --width 16")
+            say("lower --size and --batch-size (128 and 4), or use --model unet --width 16")
 
     def tell_loss(self, bar: tqdm, seconds: float, steps: int) -> None:
         """Show the loss and the time left, from the `seconds` of the last `steps`: in the bar, or
@@ -423,7 +423,7 @@ class Run:
         """Continue from a checkpoint. Raises UserError if that is not possible."""
         if state["fingerprint"] != self.manifest.fingerprint:
             other = f"{self.args.data} holds other masks than the run began with"
-            raise UserError(f"{other}: prepare the same again")
+            raise UserError(f"{other}: prepare the same masks again")
         before, now = state["images_per_step"], self.batches.images_per_step
         if before != now:
             product = "--batch-size times --accumulate times processes"
@@ -578,7 +578,7 @@ def build_parser() -> argparse.ArgumentParser:
     start = "coco, imagenet, none, or a checkpoint's path (default: coco where a network has it)"
     add("--weights", metavar="START", help=start)
     add("--freeze-norm", action="store_true", help="keep the batch norm statistics of the weights")
-    add("--freeze-backbone", action="store_true", help="train the heads alone, on few images")
+    add("--freeze-backbone", action="store_true", help="train only the heads, for few images")
     add = parser.add_argument_group("loss").add_argument
     add("--focal", action="store_true", help="focal loss")
     add("--gamma", type=float, default=2.0, help="exponent of the focal loss")
@@ -588,7 +588,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=20, help="passes over the training images")
     add("--batch-size", type=int, default=8, help="images at once")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step")
-    add("--lr", type=float, help="highest rate (default: 1e-4 from weights, 1e-3 from scratch)")
+    add("--lr", type=float, help="peak rate (default: 1e-4 from weights, 1e-3 from scratch)")
     add("--head-lr", type=float, help="rate of the head (default: 10 times --lr if it is fresh)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     compiled = argparse.BooleanOptionalAction
@@ -597,8 +597,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of split, weights, order and crops")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/<model and loss>)")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: last.pt in --out)")
-    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between saves")
+    add("--resume", nargs="?", const="", metavar="PATH", help="continue (default: OUT/last.pt)")
+    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="minutes between saves")
     parser.set_defaults(fresh=None)  # classes that the weights do not know: a Run finds out
     modes = ["auto", "online", "offline", "disabled"]
     add("--wandb", choices=modes, default="auto", help="auto: online with an API key, else offline")
@@ -620,7 +620,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     started = distributed.launch()
     again = started is not None and last.exists()
     if distributed.agreed(again and models.load_checkpoint(last).get("launch") == started):
-        args.resume = ""  # a rank had died, and torchrun repeats the command
+        args.resume = ""  # a rank died, and torchrun repeats the command
     if args.resume is not None:
         args, state = resumed(parser, args, last, argv)
     elif args.model is None:
@@ -698,7 +698,7 @@ def check_run(state: dict) -> None:
 def refuse_taken(last: Path) -> None:
     """Raise UserError if a run has already written last.pt."""
     if last.exists():
-        raise UserError(f"{last.parent} holds a run already: --resume it, or take another --out")
+        raise UserError(f"{last.parent} holds a run already: --resume it, or choose another --out")
 
 
 def default_out(args: argparse.Namespace) -> str:
@@ -723,7 +723,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"{name} {value}: give a number above 0")
     for name, value in {"--head-lr": args.head_lr, "--freeze-norm": args.freeze_norm}.items():
         if value and args.weights == "none":
-            parser.error(f"{name}: only with --weights, other than none")
+            parser.error(f"{name}: only with --weights other than none")
     if args.freeze_backbone and ("imagenet" not in model.STARTS or args.weights == "none"):
         parser.error("--freeze-backbone: only for --model deeplab, with --weights")
     frozen = args.freeze_norm and args.weights != "imagenet"
@@ -746,7 +746,7 @@ def main(argv: list[str] | None = None) -> None:
         args, state = parse_args(argv)
         device = models.pick_device(args.device)
         if args.compile and device.type == "cuda" and distributed.world() > 1:
-            raise UserError("--compile: not with several GPUs, whose batch norm it cannot take")
+            raise UserError("--compile: not with several GPUs, whose batch norm it cannot compile")
         run = Run(args, device, weights="none" if state else args.weights)
         if state:
             run.restore(state)

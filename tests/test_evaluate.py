@@ -191,7 +191,7 @@ def test_refusals(data, checkpoint, tmp_path, refused):
     assert "other masks" in sentence
     assert "--other-data" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--data", tmp_path, "--other-data")
-    assert "say --images all" in sentence
+    assert "use --images all" in sentence
     sentence = refused("evaluate", "--ckpt", checkpoint, "--json", tmp_path / "none" / "x.json")
     assert f"cannot write {tmp_path / 'none' / 'x.json'}: give a file, in a folder" in sentence
     assert "cannot write" in refused("evaluate", "--ckpt", checkpoint, "--html", tmp_path)
@@ -257,7 +257,7 @@ def test_other_images_of_the_same_ids_are_no_validation_images(checkpoint, tmp_p
     assert (entry["images"], entry["evaluated_on"]) == (9, "all")
     sentence = refused("evaluate", "--ckpt", checkpoint, "--data", other, "--other-data",
                        "--images", "training")  # fmt: skip
-    assert "say --images all" in sentence
+    assert "use --images all" in sentence
     # Checkpoints of before, whose keys have no file names, still know theirs.
     state = load_checkpoint(checkpoint)
     state["val_ids"] = [key[:2] for key in state["val_ids"]]

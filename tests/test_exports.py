@@ -693,10 +693,10 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path, refuse):
     for text in ('{"name": "an app"}', "[1]", "7", "no json"):
         write_image(out / "masks_raw" / "my.png")
         (out / "manifest.json").write_text(text)
-        assert f"{out} holds a manifest.json or masks that are not of" in refuse(*flags)
+        assert f"{out} holds a manifest.json or masks that prepare_masks.py" in refuse(*flags)
         assert (out / "manifest.json").read_text() == text
     (out / "manifest.json").unlink()
-    assert f"{out} holds a manifest.json or masks that are not of" in refuse(*flags)
+    assert f"{out} holds a manifest.json or masks that prepare_masks.py" in refuse(*flags)
     assert (out / "masks_raw" / "my.png").exists()
 
 
@@ -882,7 +882,7 @@ def test_masks_that_cannot_be_used(tmp_path, refuse):
     assert "1 for 2 classes" in refuse(*flags, "--colors", "red")
     assert "not both" in refuse(*flags, "--colors", "red", 7)
     write_mask(mask, np.where(LABELS > 0, np.uint8(255), np.uint8(0)))
-    assert "for masks, other --colors (as 255)" in refuse(*flags)
+    assert "for masks, --colors (such as 255)" in refuse(*flags)
     write_mask(mask, LABELS[:5])
     assert "no usable image: 1 x image file has another size" in refuse(*flags)
     Image.fromarray(LABELS).save(mask.with_suffix(".jpg"))

@@ -473,7 +473,7 @@ def test_an_output_that_cannot_be_a_folder(tmp_path, refused):
     flags = ["--coco-root", tmp_path, "--out"]
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert f"cannot use {tmp_path / 'file'}" in refused("prepare_masks", *flags, out)
-    assert "are not of prepare_masks.py" in refused("prepare_masks", *flags, tmp_path / "data")
+    assert "prepare_masks.py did not write" in refused("prepare_masks", *flags, tmp_path / "data")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")

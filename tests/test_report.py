@@ -241,7 +241,7 @@ def test_a_hostile_history_is_refused(history, checkpoint, tmp_path, refused):
     state["progress"]["history"] = history
     torch.save(state, tmp_path / "best.pt")
     sentence = refused("evaluate", "--ckpt", tmp_path / "best.pt", "--html", tmp_path / "p.html")
-    assert "is no sound checkpoint" in sentence
+    assert "is not a valid checkpoint" in sentence
 
 
 @pytest.fixture(scope="module")

@@ -353,7 +353,7 @@ def test_a_rename_that_fails_for_a_moment_and_a_disk_without_fsync(tmp_path, mon
     monkeypatch.setattr(os, "fsync", no_fsync)
     write_text(tmp_path / "a", "whole")
     assert (tmp_path / "a").read_text() == "whole"
-    assert "knows no fsync" in capsys.readouterr().err
+    assert "does not support fsync" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"cannot write .*none/a \(No such .*: give another path"):
         write_text(tmp_path / "none" / "a", "")
 
@@ -527,7 +527,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "lockf", none)
     with common.locked(tmp_path):
         pass
-    assert f"the disk of {tmp_path} knows no locks" in capsys.readouterr().err
+    assert f"the disk of {tmp_path} does not support locks" in capsys.readouterr().err
 
 
 def test_a_width_that_is_not_that_of_the_weights_is_refused(data, checkpoint, tmp_path, refused):

@@ -240,7 +240,7 @@ def test_pictures_that_pillow_takes_for_bombs(lively, coco, tmp_path, monkeypatc
     masks, code = run(lively, tmp_path / "whole", image)
     assert (masks, code) == ({}, 1)
     error = capsys.readouterr().err
-    assert "v000.jpg (more pixels than Pillow accepts): for predict.py say --tile" in error
+    assert "v000.jpg (more pixels than Pillow accepts): use predict.py --tile" in error
     masks, code = run(lively, tmp_path / "tiled", image, flags=["--tile"])
     assert (masks["v000"].shape, code) == ((48, 64), 0)
 

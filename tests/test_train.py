@@ -601,7 +601,7 @@ def test_a_missing_compiler_is_one_sentence(refused, monkeypatch):
         "Cannot find a working triton installation.",
     ):
         monkeypatch.setattr(train, "main", Mock(side_effect=RuntimeError(error)))
-        assert "say --no-compile" in refused("train")
+        assert "use --no-compile" in refused("train")
 
 
 def test_a_dead_loader_process_shows_in_two_ways(capsys):
