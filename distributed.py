@@ -144,7 +144,8 @@ def share_buffers(model: nn.Module) -> None:
 def agreed(value: bool) -> bool:
     """The value of rank 0, on all ranks."""
     if world() > 1:
-        dist.broadcast(told := torch.tensor(value), 0)
+        told = torch.tensor(value)
+        dist.broadcast(told, 0)
         return bool(told)
     return value
 

@@ -3,8 +3,8 @@
     python export.py --ckpt runs/unet/best.pt --out model.pt2
     python export.py --ckpt runs/unet/best.pt --out model.onnx
 
-It takes "images", (N, 3, H, W) uint8 RGB of any size, and returns (N, H, W) uint8 labels, those of
-predict.py in float32: all steps between are inside. Class names and colours are in metadata.json.
+It takes "images", (N, 3, H, W) uint8 RGB of any size, and returns (N, H, W) uint8 labels, equal to
+predict.py's in float32: all steps between are inside. metadata.json has class names and colours.
 """
 
 import argparse

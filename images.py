@@ -59,6 +59,7 @@ def read_image(
             found, stated = f"{image.height}x{image.width}", f"{size[0]}x{size[1]}"
             remedy = "replace the image or run prepare_masks.py again"
             raise UserError(f"{path} is {found}, the annotations say {stated}: {remedy}")
+        # As `upright` says, unless only the other of the two pictures has the size.
         turn = size in (None, turned) if upright else size not in (None, stored)
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))

@@ -109,7 +109,7 @@ class Totals(NamedTuple):
         """A part's share of the Dice loss, and (3, C) the derivative of the loss by the sums."""
         sums = self.dice[head].detach().requires_grad_()
         with torch.enable_grad():
-            loss = dice_loss(sums, 1 / self.ranks)
+            loss = dice_loss(sums, 1 / self.ranks)  # the sums are means over the ranks, too
         return loss.detach() / self.parts, torch.autograd.grad(loss, sums)[0]
 
 

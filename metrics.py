@@ -132,7 +132,7 @@ def class_interval(counts: np.ndarray, others: np.ndarray) -> list[float] | None
 def mean_interval(value: float | None, others: np.ndarray) -> list[float] | None:
     """Interval of a mean IoU, or of its mean over seeds, from the values without each of the
     images. None if the value is 0, as nothing is hit, or of fewer than `FEWEST` images."""
-    if not value or value != value or len(others) < FEWEST:
+    if value is None or not value > 0 or len(others) < FEWEST:  # NaN is not above 0 either
         return None
     return np.clip(jackknife(value, others)[0], 0, 1).tolist()
 

@@ -162,8 +162,8 @@ def fresh_classes(classes: list[str], weights: str) -> list[str]:
 
 
 def head_of(name: str, weights: str) -> tuple[str, ...]:
-    """The modules that --head-lr applies to: after "imagenet" both heads, else the final
-    convolutions, where a class that the weights do not know starts fresh."""
+    """The modules that --head-lr applies to: none after "none", both heads after
+    "imagenet", else the final convolutions, where classes unknown to the weights start fresh."""
     if weights == "imagenet":
         return ("classifier.", "aux_classifier.")
     return () if weights == "none" else MODELS[name].HEADS
@@ -184,8 +184,8 @@ def build_model(name: str, classes: list[str], width: int = 64, weights: str = "
     """The network of that name in `MODELS`. classes: names, the background first. weights: one of
     its `STARTS`, or the path of a checkpoint of such a network.
 
-    "imagenet" is only for the backbone. All others also fill the rows of the final convolutions,
-    for classes that have the same name there, so the network segments these before its first step;
+    "imagenet" is only for the backbone. "coco" and checkpoints also fill the rows of the final
+    convolutions for classes of the same name, so the network segments these before its first step;
     other classes keep a fresh row. Raises UserError if the weights cannot be loaded.
     """
     model = MODELS[name](len(classes), width)

@@ -224,8 +224,10 @@ def _chart(title: str, series: list[tuple], epochs: list[int], best: int) -> str
         parts.append(words(place(tick, 0)[0], BOTTOM + 17, f"{tick:g}", "middle"))
     x = place(best, 0)[0]
     parts.append(f'<line class="best" x1="{x}" x2="{x}" y1="{TOP}" y2="{BOTTOM}"/>')
-    named = sorted(known[1:], key=lambda one: -one[1][-1][1])
-    named = known[:1] + (named if len(named) <= MANY else named[: MANY // 2] + named[-MANY // 2 :])
+    named = sorted(known[1:], key=lambda one: -one[1][-1][1])  # by the last value
+    if len(named) > MANY:
+        named = named[: MANY // 2] + named[MANY // 2 - MANY :]
+    named = known[:1] + named
     for one in reversed(known):  # the first lies above the others
         name, points, color = one
         line = " ".join("{},{}".format(*place(*point)) for point in points)

@@ -388,7 +388,7 @@ class Run:
         """Write a checkpoint of tensors and plain types, and metrics.jsonl. last.pt also has what
         only --resume needs. Nothing is written that is not finite."""
         if self.batch:
-            self.mean_loss()
+            self.mean_loss()  # raises an error if it is not finite
         weights = self.model.state_dict()
         finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all()
         self.require(bool(finite), "the weights became infinite or not a number")
@@ -434,8 +434,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         if state["scaler"]:  # else it began in another precision, on another device
             self.scaler.load_state_dict(state["scaler"])
-        plans = state["args"], vars(self.args)
-        old, new = ((plan["epochs"] * self.batches.steps, plan["lr"]) for plan in plans)
+        old = state["args"]["epochs"] * self.batches.steps, state["args"]["lr"]
+        new = self.args.epochs * self.batches.steps, self.args.lr
         rate, last = learning_rate(step, *new), learning_rate(max(step - 1, 0), *old)
         if rate != learning_rate(step, *old):
             say(f"the learning rate continues at {rate:.1e}; it was {last:.1e}: see --lr")
