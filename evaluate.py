@@ -252,7 +252,7 @@ def find_subject(path: str, args: argparse.Namespace) -> Subject:
     if images == "all" or (other and images == "validation" and not held.any()):
         held, images = np.ones_like(held), "all"
     elif missing or (other and images == "training"):
-        unknown = f"does not say which of its images {path} was given"
+        unknown = f"does not say which of its images {path} was trained on"
         raise UserError(f"{manifest.data} {unknown}: use --images all")
     elif images == "training":
         held = ~held

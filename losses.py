@@ -1,4 +1,4 @@
-"""Losses of semantic segmentation, and class weights from pixel counts.
+"""Losses for semantic segmentation, and class weights from pixel counts.
 
 loss = segmentation_loss(logits, masks)                          # cross entropy
 loss = segmentation_loss(logits, masks, weight=weight)           # class-weighted

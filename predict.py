@@ -3,9 +3,9 @@
     python predict.py --ckpt runs/deeplab/best.pt --images photos "more/**/*.jpg" --out predictions
 
 Each image gives predictions/masks_raw/<stem>.png (labels), masks_colored/<stem>.png,
-overlays/<stem>.jpg, and on request probabilities/<stem>.png, all in the size of the picture. EXIF
-rotation is applied if it was in training. A file that is not an image, or whose stem is the same as
-another image's, is named and skipped; the exit code is then 1.
+overlays/<stem>.jpg, and on request probabilities/<stem>.png, all at the size of the picture. EXIF
+rotation is applied if it was in training. A file that is not an image, or has the same stem as
+another image, is reported and skipped; the exit code is then 1.
 """
 
 import argparse

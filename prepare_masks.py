@@ -257,7 +257,7 @@ def prepare_images(tasks: list[Task], work: Work, pool, skipped: Skipped) -> tup
     return rows, totals, exif
 
 
-def refuse_nothing(
+def refuse_empty(
     totals: dict, classes: list[str], args: argparse.Namespace, skipped: Skipped
 ) -> None:
     """Raise UserError, with the likely reason, if no mask holds a pixel of any class."""
@@ -541,7 +541,7 @@ def prepare(args: argparse.Namespace, pool: ProcessPoolExecutor | None) -> None:
     with replacing(args.out) as folder:
         work = Work(root, folder, colors, order, args.crowd, args.exif, args.check, args.codes)
         rows, totals, exif = prepare_images(tasks, work, pool, skipped)
-        refuse_nothing(totals, classes, args, skipped)
+        refuse_empty(totals, classes, args, skipped)
         splits = list(dict.fromkeys(task.split for task in tasks))
         content = {
             "version": common.MANIFEST_VERSION,

@@ -28,7 +28,7 @@ PANEL, GAP = 320, 4  # a panel's width and largest height, and the space around 
 TITLES = ("image", "ground truth", "prediction", "errors")
 WIDTH, KEYS = len(TITLES) * (PANEL + GAP), 8  # of the panels; entries of their legend in a row
 PICTURE = 400  # longest side of a picture of the page, in pixels
-MANY = 11  # of more classes, a chart names the best and the worst, a table stands row by row
+MANY = 11  # with more classes, a chart names the best and worst, and tables are set row by row
 CHART, LEFT, RIGHT, TOP, BOTTOM = (440, 250), 56, 320, 34, 214  # a chart, and the edges of its plot
 
 STYLE = Path(__file__).with_suffix(".css")

@@ -292,7 +292,7 @@ class Run:
             first = min(self.checked_step + 1, self.step)
             steps = f"in one of the steps {first} to {self.step}"
             last = self.out / "last.pt"
-            kept = f"; {last} is of before" if last.exists() else ""
+            kept = f"; {last} is from before" if last.exists() else ""
             raise UserError(f"{what} {steps}: lower --lr or try --amp off{kept}")
 
     def tell_duration(self, seconds: float) -> None:
@@ -474,7 +474,7 @@ class Run:
         dataset.end_workers()
         command = f"python train.py --resume {shlex.quote((self.out / 'last.pt').as_posix())}"
         if world() > 1:
-            command = f"the same torchrun command, but of it {command.removeprefix('python ')}"
+            command = f"the same torchrun options and {command.removeprefix('python ')}"
         say(f"\n{signal.Signals(self.signal).name}: saved. Go on with: {command}")
         if self.wandb:
             self.try_wandb(self.wandb.finish)
@@ -485,7 +485,7 @@ class Run:
         try:
             return action(*arguments, **named)
         except Exception as error:
-            say(f"warning: no more Weights & Biases ({error!r}); metrics.jsonl goes on")
+            say(f"warning: Weights & Biases is off now ({error!r}); metrics.jsonl continues")
             self.wandb = None
 
 
@@ -642,7 +642,7 @@ def resumed(
     """The arguments, with those of the resumed run as defaults, and its checkpoint: `last`, unless
     --resume names one. Of what decides the results, only --lr and --epochs may change."""
     if not (args.resume or args.out or args.model):
-        parser.error("--resume: of which run? give its path, or --out, or --model and its flags")
+        parser.error("--resume: which run? give its path, or --out, or --model and its flags")
     path = Path(args.resume or last)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists() and path.with_name("args.json").exists():

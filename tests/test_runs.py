@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
     flags = ["--data", data, *FLAGS, "--epochs", 3, "--out", out]
     sentence = refused("train", *flags)
     assert "the weights became infinite or not a number in one of the steps" in sentence
-    assert f"{out / 'last.pt'} is of before" in sentence
+    assert f"{out / 'last.pt'} is from before" in sentence
     for name in ("last.pt", "best.pt"):
         state = load_checkpoint(out / name)
         assert all(value.isfinite().all() for value in state["model"].values())

@@ -430,7 +430,7 @@ def test_a_wandb_server_that_never_answers_cannot_hang_a_training(data, tmp_path
         )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert len(lines_of(out)) == 2
-    assert result.stdout.count("no more Weights & Biases") == 1, result.stdout
+    assert result.stdout.count("Weights & Biases is off now") == 1, result.stdout
 
 
 # --- what goes wrong on the way ------------------------------------------------------------------
@@ -640,7 +640,7 @@ def test_bad_combinations_are_refused_before_any_data_is_read(refused):
         return refused("train", "--data", "/nowhere", *flags)
 
     assert "--model" in sentence()
-    assert "of which run?" in sentence("--resume")
+    assert "which run?" in sentence("--resume")
     assert "2 or more" in sentence("--model", "deeplab", "--batch-size", 1)
     assert "--width" in sentence("--model", "deeplab", "--width", 32)
     assert "--gamma" in sentence("--model", "unet", "--gamma", 1)
