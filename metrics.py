@@ -181,16 +181,17 @@ def winners(all_counts: list[np.ndarray]) -> list[int | None]:
     """For each class, and then for each of `MEANS`, the number of the checkpoint whose IoU is
     highest, if the intervals of its paired differences to all others exclude 0; else None."""
     values = np.stack([_columns(scores(counts.sum(axis=0))) for counts in all_counts])
-    best = np.where(np.isnan(values), -1, values).argmax(axis=0)
-    held = (all_counts[0][:, 1] > 0).sum(axis=0) >= FEWEST
-    held = [*held, *[len(all_counts[0]) >= FEWEST] * len(MEANS)]
-    clear = np.array(held) & (len(all_counts) > 1) & ~np.isnan(values).any(axis=0)
-    others = [_columns(leave_one_out(counts)) for counts in all_counts]
-    for number, column in np.argwhere(clear & (best != np.arange(len(values))[:, None])):
-        gain = values[best[column], column] - values[number, column]
-        low = jackknife(gain, (others[best[column]] - others[number])[:, column])[0][0]
-        clear[column] &= low > 0
-    return [int(number) if won else None for number, won in zip(best, clear)]
+    others = np.stack([_columns(leave_one_out(counts)) for counts in all_counts])
+    images = [*(all_counts[0][:, 1] > 0).sum(axis=0), *[len(all_counts[0])] * len(MEANS)]
+    result = []
+    for value, other, count in zip(values.T, np.moveaxis(others, -1, 0), images):
+        best, lows = int(value.argmax()), []
+        if count >= FEWEST and not np.isnan(value).any():
+            rivals = [number for number in range(len(value)) if number != best]
+            pairs = ((value[best] - value[n], other[best] - other[n]) for n in rivals)
+            lows = [jackknife(gain, without)[0][0] for gain, without in pairs]
+        result.append(best if lows and min(lows) > 0 else None)
+    return result
 
 
 def _columns(found: dict[str, np.ndarray]) -> np.ndarray:
