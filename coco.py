@@ -523,7 +523,7 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
     """The tasks of a split, in which `mask` is still the image's own path. Raises UserError if two
     files share an id, if most images are missing, or if an earlier split has the same image without
     a class that this split labels."""
-    (split, source, folders), owners, tasks, shared = index.source, {}, {}, {}
+    (split, annotation_file, folders), owners, tasks, shared = index.source, {}, {}, {}
     rows = _named_rows(index, owners, skipped)
     folder, found = locate([row[1] for row in rows], folders)
     files, doubtful, missing = {}, set(), []
@@ -532,9 +532,9 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
         path = below or name
         if owners.setdefault(id_, path) != path:
             two = f"{owners[id_]} and {path} share the id {id_}"
-            raise UserError(f"{source}: {two}: give each image an id of its own")
+            raise UserError(f"{annotation_file}: {two}: give each image an id of its own")
         size, file = (height, width), f"{prefix}/{below}".removeprefix("./")
-        task = Task(id_, split, file, below, *size, source, [])
+        task = Task(id_, split, file, below, *size, annotation_file, [])
         try:
             if not below:
                 raise Unusable(MISSING)
@@ -551,7 +551,8 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
                 raise Unusable(f"image is in {earlier.split} too, and kept there")
             tasks[id_], files[below] = task, (task, name)
         except Unusable as reason:
-            missing += [folder / name] if str(reason) == MISSING else []
+            if str(reason) == MISSING:
+                missing.append(folder / name)
             skipped.add("images", str(reason), split, name)
     if len(missing) * 2 > len(rows):
         count = f"{len(missing):,} of the {len(rows):,} images of {split} are missing"
@@ -559,7 +560,7 @@ def split_tasks(index: Index, root: Path, classes: list[str], skipped: Skipped) 
     for image_id, label in _add_annotations(index, classes, owners, tasks, skipped):
         earlier = shared.get(image_id)
         if earlier and label not in (own for own, *_ in earlier.annotations):
-            both = f"{earlier.source} and {source} label the same images"
+            both = f"{earlier.source} and {annotation_file} label the same images"
             remedy = "merge the files, or prepare them separately"
             raise UserError(f"{both}, and only the second has {classes[label]}: {remedy}")
     return [task for below, (task, _) in files.items() if below not in doubtful]

@@ -75,7 +75,7 @@ def encode_layers(
     """
     layers, counts = defaultdict(list), {kind: Counter() for kind in COUNTS}
     for label, annotation in annotations:
-        encoded, blank, iscrowd = None, False, whole(annotation.get("iscrowd") or 0)
+        encoded, covers_nothing, iscrowd = None, False, whole(annotation.get("iscrowd") or 0)
         key = str(label)
         try:
             if iscrowd not in (0, 1):
@@ -84,9 +84,9 @@ def encode_layers(
             counts["filled"][key] += nested
             counts["crowded"][key] += int(rle.area(encoded)) * iscrowd
         except Unusable as reason:
-            lost, blank = [str(reason)], isinstance(reason, Empty)
+            lost, covers_nothing = [str(reason)], isinstance(reason, Empty)
         skipped += [(annotation.get("id"), reason) for reason in lost]
-        if encoded or blank:
+        if encoded or covers_nothing:
             counts["crowds" if iscrowd else "instances"][key] += 1
         if encoded and not (iscrowd and crowd == "background"):
             layers[IGNORE_INDEX if iscrowd and crowd == "ignore" else label].append(encoded)
@@ -94,7 +94,7 @@ def encode_layers(
         if lost and not (encoded and set(lost) == {coco.TOO_SHORT}):
             if box := coco.encode_bbox(annotation.get("bbox"), height, width):
                 layers[IGNORE_INDEX].append(box)
-            elif not blank and not coco.states_nothing(annotation):
+            elif not covers_nothing and not coco.states_nothing(annotation):
                 raise Unusable("an annotation cannot be used, and has no bbox to ignore")
     merged = {label: rle.merge(layer) for label, layer in layers.items()}
     counts["drawn"].update({str(c): int(rle.area(layer)) for c, layer in merged.items()})
