@@ -250,7 +250,7 @@ class ArgumentParser(argparse.ArgumentParser):
     LITERAL = ("--group", "--classes", "--priority", "--rare", "--pick")
 
     def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, **options)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As in argparse, after expansion. Numbers must be within their `LIMITS`."""

@@ -124,8 +124,9 @@ class Run:
             self.ddp_model = torch.compile(self.ddp_model, options=options)
         if args.fresh is None:
             args.fresh = models.fresh_classes(classes, args.weights)
-        default = 10 * args.lr if args.fresh else args.lr
-        factor = args.head_lr / args.lr if args.head_lr else default
+        factor = 10.0 if args.fresh else 1.0
+        if args.head_lr:
+            factor = args.head_lr / args.lr
         head = models.head_of(args.model, args.weights)
         self.optimizer = models.build_optimizer(self.model, args.lr, head, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)

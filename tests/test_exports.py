@@ -1267,3 +1267,10 @@ def test_a_list_that_is_given_twice_is_refused(tmp_path, refuse, flag):
     path = write_json(tmp_path / "a.json", [image_row(1, "a.jpg")], [person(1)])
     flags = ("--annotations", path, "--images-dir", tmp_path, "--split", "x", "--classes", "person")
     assert f"{flag} is given twice: name all after one" in refuse(*flags, flag, "person")
+
+
+def test_a_flag_is_written_whole(tmp_path, refuse):
+    """Shortened, it would be neither literal, so that c* may become files, nor seen to be twice."""
+    path = write_json(tmp_path / "a.json", [image_row(1, "a.jpg")], [person(1)])
+    flags = ("--annotations", path, "--images-dir", tmp_path)
+    assert "unrecognized arguments: --class" in refuse(*flags, "--class", "c*")
