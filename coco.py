@@ -243,9 +243,10 @@ class Skipped:
             raise Unusable(MISSING) from None
         for key in ((stat.st_dev, stat.st_ino), (task.id, task.mask, stat.st_size)):
             other, known = self.seen.setdefault(key, (path, task))
+            if known.split == task.split:
+                continue
             # Compared, since on some network drives all inode numbers are equal.
-            same = other == path or filecmp.cmp(path, other, shallow=False)
-            if known.split != task.split and same:
+            if other == path or filecmp.cmp(path, other, shallow=False):
                 return known
         return None
 
