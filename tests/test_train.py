@@ -536,6 +536,19 @@ def test_class_weights_are_of_the_pixels_that_are_drawn(data, tmp_path):
     assert expected[4] < 0.9 * class_weights(run.manifest.pixels[rows].sum(axis=0))[4]
 
 
+def test_no_validation_image_is_drawn(data, tmp_path):
+    """Neither for its class nor as a rare one: the dog, in one of 24 training images, is rare, but
+    would not be among all 33."""
+    line = ["--data", data, *TINY, "--model", "unet", "--oversample", 3, "--balance", 0.5]
+    args, _ = train.parse_args([*map(str, line), "--out", str(tmp_path / "run")])
+    run = Run(args, torch.device("cpu"), "none")
+    assert run.rare == ["dog"]
+    rows, _ = dataset.split_indices(run.manifest, args.seed, args.val_split)
+    for epoch in range(9):
+        run.batches.set_epoch(epoch)
+        assert {row for batch in run.batches for _, _, row, _ in batch} <= set(rows.tolist())
+
+
 def test_a_run_from_weights_freezes_its_norm_and_has_two_rates(data, tmp_path):
     """With a fresh network in the place of COCO's weights."""
     flags = ["--model", "deeplab", "--weights", "coco", "--size", "32", "--batch-size", "1"]
