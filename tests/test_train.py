@@ -528,9 +528,11 @@ def test_dice_of_a_step_in_parts_is_that_of_its_forwards(data, tmp_path, monkeyp
 
 def test_class_weights_are_of_the_pixels_that_are_drawn(data, tmp_path):
     line = ["--data", data, *TINY, "--model", "unet", "--weighted", "--balance", 0.5]
+    line += ["--oversample", 9, "--rare", "bus"]
     args, _ = train.parse_args([*map(str, line), "--out", str(tmp_path / "run")])
     run = Run(args, torch.device("cpu"), "none")
     rows, _ = dataset.split_indices(run.manifest, args.seed, args.val_split)
+    rows = dataset.oversample(run.manifest, rows, ["bus"], 9)
     expected = class_weights(dataset.drawn_pixels(run.manifest, rows, 0.5))
     assert list(run.named_weights.values()) == pytest.approx(expected.tolist())
     assert expected[4] < 0.9 * class_weights(run.manifest.pixels[rows].sum(axis=0))[4]
