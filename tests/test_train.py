@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,6 +537,19 @@ def test_class_weights_are_of_the_pixels_that_are_drawn(data, tmp_path):
     expected = class_weights(dataset.drawn_pixels(run.manifest, rows, 0.5))
     assert list(run.named_weights.values()) == pytest.approx(expected.tolist())
     assert expected[4] < 0.9 * class_weights(run.manifest.pixels[rows].sum(axis=0))[4]
+
+
+def test_scale_and_exif_are_those_of_most_training_images(data, tmp_path, monkeypatch):
+    """One of which is upright, and all validation images, which are small besides."""
+    manifest = load_manifest(data)
+    other = (manifest.splits == "val2017")[:, None]
+    sizes, upright = np.where(other, 8, manifest.sizes), other[:, 0].copy()
+    upright[np.flatnonzero(~upright)[0]] = True
+    changed = replace(manifest, sizes=sizes, upright=upright)
+    monkeypatch.setattr(common, "load_manifest", lambda *_: changed)
+    line = ["--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run"]
+    run = Run(train.parse_args([*map(str, line)])[0], torch.device("cpu"), "none")
+    assert (run.upright, run.scale) == (False, 32 / 48)
 
 
 def test_no_validation_image_is_drawn(data, tmp_path):
