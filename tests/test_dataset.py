@@ -89,6 +89,15 @@ def test_split_depends_on_the_images_not_on_their_order():
     assert set(manifest.ids[val]) == set(shuffled.ids[other])
 
 
+@pytest.mark.parametrize(("count", "validating"), [(1, 0), (2, 1), (3, 1), (8, 2)])
+def test_a_class_of_two_images_has_one_to_validate_on(count, validating):
+    pixels = np.tile([9, 1, 0, 0], (50, 1))
+    pixels[:count, 3] = 1
+    for seed in range(9):
+        _, val = split_indices(fake_manifest(pixels), seed, None)
+        assert (val < count).sum() == validating
+
+
 def test_named_split_validates(data):
     manifest = load_manifest(data)
     train, val = split_indices(manifest, 0, "val2017")
