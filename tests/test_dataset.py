@@ -551,3 +551,9 @@ def test_groups_are_matched_in_names_then_paths_and_what_is_missed_is_said(data,
     alone = dataset.image_groups(manifest, None)
     assert (len(set(alone)), alone[3:]) == (4, ["a_jpg", "a_jpg"])
     assert dataset.image_groups(manifest, "^q*")[:3] == alone[:3]  # no empty match for all
+
+
+def test_equal_ids_in_two_splits_are_no_group(data):
+    manifest = fake_manifest(np.ones((6, 4), dtype=int))
+    manifest.ids[3:], manifest.splits[3:] = manifest.ids[:3], "b"
+    assert len(set(dataset.image_groups(manifest, None))) == 6
