@@ -176,6 +176,17 @@ def test_image_and_mask_move_together(seed, scale, monkeypatch):
     assert off[middle].float().mean() < 2
 
 
+def test_the_crop_of_a_smaller_image_begins_where_the_masks_does(monkeypatch):
+    """The image is half as large as its mask, so a box of odd numbers begins between its pixels."""
+    monkeypatch.setattr(dataset, "jitter", lambda image, *_: image)
+    half = torch.arange(36, dtype=torch.uint8).reshape(6, 6)
+    mask = half.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    for box, size in (((1, 1, 5, 5), 2), ((3, 5, 4, 5), 2), ((2, 3, 7, 6), 3)):
+        rng = np.random.default_rng(0)
+        image, crop = augment(half.expand(3, -1, -1), mask, box, size, rng)
+        assert torch.equal(image[0], crop)
+
+
 @pytest.mark.parametrize(("scale", "size"), [(1, (101, 67)), (2, (51, 34)), (4, (26, 17))])
 def test_a_jpeg_is_decoded_smaller(tmp_path, scale, size):
     Image.new("RGB", (101, 67)).save(tmp_path / "a.jpg")
