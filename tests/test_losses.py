@@ -73,6 +73,14 @@ def test_nothing_but_ignored_pixels_is_zero_not_nan(gamma):
     assert (logits.grad == 0).all()
 
 
+def test_a_sum_of_weights_below_one_divides_too():
+    """One pixel of weight 1/4, as where a class that is everywhere fills the valid pixels."""
+    logits, masks = torch.zeros(1, 2, 3, 3), torch.full((1, 3, 3), 255)
+    masks[0, 1, 1] = 1
+    loss = segmentation_loss(logits, masks, torch.tensor([1.0, 0.25]))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_gradient_is_finite_where_the_prediction_is_perfect(gamma):
     logits = torch.tensor([200.0, 0.0]).reshape(1, 2, 1, 1).requires_grad_()
