@@ -134,6 +134,10 @@ def test_dice_by_hand():
     sums = dice_sums(logits, torch.tensor([[[1, 1, 0]]]))
     torch.testing.assert_close(sums, torch.tensor([[0.5, 1, 0], [1.5, 1.5, 0], [1, 2, 0]]))
     assert dice_loss(sums).item() == pytest.approx(1 - (2 * 1 + 1) / (1.5 + 2 + 1))
+    # A class of a single pixel counts: that of class 0 becomes one of class 2, with p = 0.
+    sums = dice_sums(logits, torch.tensor([[[1, 1, 2]]]))
+    both = (1 - (2 * 1 + 1) / (1.5 + 2 + 1)) + (1 - 1 / (0 + 1 + 1))
+    assert dice_loss(sums).item() == pytest.approx(both / 2)
 
 
 def plain_dice(logits, masks):
