@@ -224,3 +224,10 @@ def test_the_gradient_of_half_precision_logits_is_theirs():
     x = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     total_loss({"out": x}, torch.zeros(1, 64, 64, dtype=torch.uint8)).backward()
     assert x.grad.dtype == torch.bfloat16
+
+
+def test_logits_are_upsampled_in_float32_within_autocast():
+    logits, masks = torch.randn(1, 3, 8, 8), torch.randint(0, 3, (1, 64, 64))
+    expected = with_dice({"out": logits}, masks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(with_dice({"out": logits}, masks), expected)
