@@ -138,6 +138,11 @@ def test_the_jackknife_of_a_mean_is_its_textbook_interval():
     assert p == pytest.approx(2 * stats.t.sf(3 / error, degrees), abs=1e-3)
 
 
+def test_without_any_variation_a_value_is_certain():
+    assert jackknife(0.5, np.full(9, 0.5)) == ([0.5, 0.5], 0)
+    assert jackknife(0.0, np.zeros(9)) == ([0, 0], 1)
+
+
 def difference(one, other):
     classes, all_counts = ["background", "person"], [counts_of(m) for m in (one, other)]
     entries = [report("", classes, confusion_of(m), False, "") for m in (one, other)]
