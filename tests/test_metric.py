@@ -186,6 +186,11 @@ def test_no_interval_of_a_class_that_three_images_hold():
     assert 0 < low < 19 / (40 + 32 - 19) < high < 1
 
 
+def test_the_interval_of_a_perfect_class_lacks_half_a_pixel():
+    counts = np.full((5, 3), 10)
+    assert class_interval(counts, np.ones(5)) == pytest.approx([1 - 0.5 / 50] * 2)
+
+
 def test_no_interval_of_a_class_that_is_hit_in_one_image_or_none():
     """All of the others say 0 then, or all but one the same: that is no certainty."""
     counts = np.zeros((20, 3, 2), dtype=np.int64)
