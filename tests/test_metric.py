@@ -249,6 +249,12 @@ def test_no_interval_of_a_mean_that_is_zero():
     assert entry["interval"]["foreground_miou"] is None
 
 
+@pytest.mark.parametrize(("value", "images"), [(0.5, 3), (np.nan, 9), (None, 9)])
+def test_no_interval_of_a_mean_of_few_images_or_of_no_class(value, images):
+    assert metrics.mean_interval(value, np.linspace(0.4, 0.6, images)) is None
+    assert metrics.mean_interval(0.5, np.linspace(0.4, 0.6, 4)) is not None
+
+
 def test_the_intervals_hold_the_truth_as_often_as_they_say():
     """Of 95% intervals of samples from a known population, of which few images hold a class, 93%
     or more hold its IoU, the mean, and the difference of two. RESULTS.md has the whole table."""
