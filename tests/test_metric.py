@@ -172,6 +172,8 @@ def test_pick_rows():
     assert sorted(pick("random", 9, counts, classes)) == [0, 1, 2]
     assert len(pick("random", 2, counts, classes)) == 2
     assert len(pick("car", 2, counts[:2], classes)) == 0
+    matrices[3, 0] = [9, 1, 0]  # nothing but a false positive
+    assert pick("worst", 1, counts_of(matrices), classes).tolist() == [3]
 
 
 def test_no_interval_of_a_class_that_three_images_hold():
