@@ -296,6 +296,9 @@ def test_runs_that_differ_in_the_seed_share_a_row():
         "40.0", "20.0 to 60.0", "40.0 to 40.0", "90.0", "90.0 to 90.0", "90.0 to 90.0"
     ]  # fmt: skip
     assert rows[1][4] == "40.0"  # the foreground mean of one class
+    once = all_counts.copy()
+    once[0, 1:, 0, 1] = 0  # one of the runs hits the class in a single image
+    assert metrics.seeds_table(entries, list(once), ["one"] * 4)[1][3][2] == ""
     all_counts[..., 1, 1] = 0  # no truth: no value, no interval
     _, rows = metrics.seeds_table(entries, list(all_counts), ["one"] * 4)
     assert [row[2] for row in rows[1:]] == ["-", "- to -", ""]
