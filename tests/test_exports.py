@@ -611,6 +611,17 @@ def test_exif_goes_as_the_sizes_of_the_file_say(tmp_path, upright):
         assert (row["height"], row["width"]) == size
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_every_orientation_that_swaps_the_sides(tmp_path, orientation):
+    path = tmp_path / "images" / "a.jpg"
+    write_image(path, (12, 10), exif=exif(orientation))
+    manifest, by_name = one_file(
+        tmp_path, [image_row(1, "a.jpg", height=12, width=10)], [person(1)]
+    )
+    assert (len(by_name), manifest["exif"]) == (1, {"a": "upright"})
+    assert read_image(path, (12, 10), upright=False).size == (10, 12)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
 def test_damaged_exif_loses_no_image(tmp_path, name):
     path = tmp_path / "images" / name
