@@ -647,6 +647,8 @@ def test_a_tiff_that_states_fewer_bits_is_scaled_by_them():
     assert np.array(_scaled(image)).max() == 1024 >> 3  # the smallest depth that holds it
     image.tag_v2 = {258: (12,)}
     assert np.array(_scaled(image)).max() == 1024 >> 4
+    dark = Image.fromarray(np.full((4, 4), 100, dtype=np.uint16))
+    assert np.array(_scaled(dark)).max() == 100  # never less than 8 bits
 
 
 def test_check_finds_an_image_that_is_cut_off(tmp_path):
