@@ -350,9 +350,10 @@ def test_a_mask_for_every_kind_of_file(lively, tmp_path, capsys):
 
 
 def test_what_has_no_scale_is_refused(tmp_path):
-    Image.fromarray(np.full((24, 40), 2**16, dtype=np.int32)).save(tmp_path / "deep.tif")
-    with pytest.raises(UserError, match=r"deep.tif \(pixels of more than 16 bits\)"):
-        read_image(tmp_path / "deep.tif")
+    for value in (2**16, -1):
+        Image.fromarray(np.full((24, 40), value, dtype=np.int32)).save(tmp_path / "deep.tif")
+        with pytest.raises(UserError, match=r"deep.tif \(pixels of more than 16 bits\)"):
+            read_image(tmp_path / "deep.tif")
     Image.fromarray(np.full((24, 40), 0.5, dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="float.tif .*floating-point"):
         read_image(tmp_path / "float.tif")
