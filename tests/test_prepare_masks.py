@@ -263,6 +263,7 @@ HALF = {"size": [4, 4], "counts": [8, 8]}
         ([[1, 1, 2, 2, 3, 10**400]], "other than numbers"),
         ([[0, 0, 1e6, 0, 0, 0, 1e6, 0]], "outline"),
         ([[1, 1, 2, 2, 3, None]], "not finite"),
+        ([[0, 0, 0.5, 0, 0.5, 1, 0, 1]], "normalised"),
         ([[1, 1, 2, 2, 3, "four"]], "other than numbers"),
         ([[1, 1, 2, 2, 3, [4]]], "other than numbers"),
         (None, "no segmentation"),
