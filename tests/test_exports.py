@@ -364,6 +364,15 @@ def test_missing_images(tmp_path, refuse):
     assert len(json.loads((tmp_path / "data" / "manifest.json").read_text())["images"]) == 3
 
 
+def test_annotations_of_an_image_without_a_name_are_left_out_with_it(tmp_path):
+    rows = [image_row(1, "a.jpg"), image_row(2, "")]
+    path = write_json(tmp_path / "a.json", rows, [person(1), person(2), person(3)])
+    write_image(tmp_path / "images" / "a.jpg")
+    manifest, _ = prepare(tmp_path, "--annotations", path, "--images-dir", tmp_path / "images")
+    assert reasons(manifest, "images") == {"image without a file name": 1}
+    assert reasons(manifest, "annotations") == {"annotation of an unknown image": 1}
+
+
 FOREIGN = [
     "../{}",
     "c\\..\\..\\{}",
