@@ -504,6 +504,7 @@ def test_what_cannot_be_used_never_becomes_background(tmp_path, capsys):
         person(2, [*SQUARE, bad], bbox=["2", "2", "9", "4"]),
         person(3, [*SQUARE, [1, 1, 9, 9]], bbox=[0, 0, 12, 10]),  # two points enclose nothing
         person(4, iscrowd="no", bbox=[0, 0, 2, 2]),
+        person(4, iscrowd=2, bbox=[0, 0, 2, 2]),
         person(5, [[3.1, 3.1, 3.2, 3.1, 3.2, 3.2]]),  # between the centres of pixels
     ]
     manifest, by_name = one_file(tmp_path, rows, anns)
@@ -522,7 +523,7 @@ def test_what_cannot_be_used_never_becomes_background(tmp_path, capsys):
         "polygon coordinate is not finite or out of bounds": 2,
         "annotation has no segmentation": 1,
         coco.TOO_SHORT: 1,
-        "iscrowd is neither 0 nor 1": 1,
+        "iscrowd is neither 0 nor 1": 2,
         "segmentation covers no pixel": 1,
     }
 
