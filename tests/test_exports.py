@@ -1227,6 +1227,9 @@ def test_exif_of_a_split_that_shows_nothing_is_that_of_the_others(tmp_path, caps
     assert "note: EXIF rotates 1 images" in capsys.readouterr().out
     prepare(tmp_path, *flags, "--exif", "stored")
     assert "note:" not in capsys.readouterr().out
+    turned(tmp_path / "images" / "c.tif", 3)  # in a tag of its own
+    one_file(tmp_path, [image_row(1, "c.tif")], [person(1)])
+    assert "note: EXIF rotates 1 images" in capsys.readouterr().out
 
 
 def test_exif_where_no_size_is_stated_is_noted(tmp_path, capsys):
