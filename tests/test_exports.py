@@ -1222,6 +1222,10 @@ def test_exif_of_a_split_that_shows_nothing_is_that_of_the_others(tmp_path, caps
     flags = ("--annotations", *paths, "--images-dir", tmp_path / "train", tmp_path / "val")
     assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "upright"}
     assert "note:" not in capsys.readouterr().out
+    turned(tmp_path / "val" / "c.jpg", 6, seed=2)  # whose sizes show that it was not turned
+    write_json(tmp_path / "val.json", [image_row(1, "c.jpg")], [person(1)])
+    assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "stored"}
+    write_json(tmp_path / "val.json", [image_row(1, "b.jpg")], [person(1)])
     flags = ("--annotations", paths[1], "--images-dir", tmp_path / "val")
     assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "stored"}
     assert "note: EXIF rotates 1 images" in capsys.readouterr().out
