@@ -123,6 +123,15 @@ def test_the_loss_is_the_mean_over_pixels_that_count():
     assert total == pytest.approx(16 * math.log(4) + 16 * math.log(4 / 3))
 
 
+def test_the_mask_of_the_loss_is_sampled_at_pixel_centres():
+    """Of each two by two pixels the last one, whose corner is the centre."""
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[1::2, 1::2] = 1
+    logits = torch.stack([torch.zeros(32, 32), torch.full((32, 32), 50.0)])
+    loss, pixels = Predictor(None, 32, CPU).loss(logits, mask)
+    assert (loss.item(), pixels.item()) == (0, 32 * 32)
+
+
 def test_a_tie_is_the_lowest_label():
     logits = torch.tensor([1.0, 2, 2, 0, 2]).view(5, 1, 1).expand(5, 32, 32)
     assert (Predictor(None, 16, CPU).labels(logits, 200, 100) == 1).all()
