@@ -588,6 +588,19 @@ def test_a_rename_that_fails_leaves_the_earlier_masks(
     prepare_masks.main([*flags, str(out), "--priority", "car"])
 
 
+def test_a_manifest_means_complete_masks_at_any_time(tmp_path, monkeypatch, coco):
+    """The old one leaves before its masks, and the new one comes after its own."""
+    out, moves, rename = tmp_path / "data", [], common.rename
+    for _ in range(2):
+        monkeypatch.setattr(common, "rename", lambda *move: moves.append(move) or rename(*move))
+        prepare_masks.main(["--coco-root", str(coco), "--workers", "1", "--out", str(out)])
+        monkeypatch.undo()
+    assert next(old.name for old, _ in moves if old.parent == out) == "manifest.json"
+    new = [new.name for _, new in moves if new.parent == out]
+    assert new[2] == new[-1] == "manifest.json"
+    assert len(new) == 6
+
+
 def test_crowds_that_may_be_how_a_tool_writes_masks_are_noted(tmp_path, capsys):
     crowd = annotation("person", polygon(0, 10, 15, 10), iscrowd=1)
     persons = [annotation("person", polygon(0, 0, 5, 5))] * 9
