@@ -519,6 +519,17 @@ def test_colors_and_overlay(tmp_path):
     assert abs(overlay[labels == 0] - plain).max() < 4
 
 
+@pytest.mark.parametrize("rows", [1, 3, 99])
+def test_strips_of_an_overlay_are_the_overlay(monkeypatch, rows):
+    """Outlines between two strips included."""
+    monkeypatch.setattr(predict, "STRIP", 40 * rows)
+    labels = np.random.default_rng(0).integers(0, 3, (24, 40), dtype=np.uint8)
+    image, colors = Image.fromarray(upright()), class_colors(3)
+    whole = predict.overlay(image.copy(), labels, colors)
+    predict.draw_over(image, labels, lambda *strip: predict.overlay(*strip, colors))
+    np.testing.assert_array_equal(np.array(image), np.array(whole))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_48_megapixels_and_21_classes_in_4_gb(checkpoint, tmp_path):
     """Its logits at native size, 4 GB of them, are never held all at once."""
