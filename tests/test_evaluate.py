@@ -304,6 +304,16 @@ def test_runs_on_other_images_or_masks_are_not_compared(checkpoint, tmp_path, re
     assert masks[0] != masks[1]
 
 
+def test_runs_of_one_setting_differ_in_the_seed_not_in_the_data():
+    def setting(fingerprint, **arguments):
+        state = {"args": {"lr": 0.1, **arguments}, "fingerprint": fingerprint}
+        return evaluation.Subject("a.pt", state, None, None, "all").setting()
+
+    assert setting("x", seed=1, data="a") == setting("x", seed=2, data="b")
+    assert setting("x") != setting("y")
+    assert setting("x") != setting("x", lr=0.2)
+
+
 def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):
     copy = shutil.copy(checkpoint, tmp_path / "other.pt")
     file = tmp_path / "report.md"
