@@ -304,6 +304,14 @@ def test_runs_on_other_images_or_masks_are_not_compared(checkpoint, tmp_path, re
     assert masks[0] != masks[1]
 
 
+def test_of_other_data_no_image_counts_as_one_of_the_training(data, checkpoint):
+    manifest, state = load_manifest(data), load_checkpoint(checkpoint)
+    for fingerprint, count in ((manifest.fingerprint, "24"), ("other", "0")):
+        state["fingerprint"] = fingerprint
+        subject = evaluation.Subject("a.pt", state, manifest, np.arange(9), "all")
+        assert evaluation.images_table(subject)[1][-1][1] == count
+
+
 def test_runs_of_one_setting_differ_in_the_seed_not_in_the_data():
     def setting(fingerprint, **arguments):
         state = {"args": {"lr": 0.1, **arguments}, "fingerprint": fingerprint}
