@@ -225,6 +225,13 @@ def test_prior_is_what_an_untrained_network_predicts(name):
         torch.testing.assert_close(logits.softmax(1)[1, :, 3, 3], prior)
 
 
+def test_the_prior_of_a_class_without_pixels_is_finite():
+    model = build_model("unet", ["background", "a", "b"], width=4)
+    init_class_prior(model, torch.tensor([0.9, 0.1, 0.0]))
+    expected = torch.tensor([0.9, 0.1, 1e-4]).log()
+    torch.testing.assert_close(model.classifier.bias.detach(), expected)
+
+
 # --- devices -------------------------------------------------------------------------------------
 
 
