@@ -40,6 +40,14 @@ def test_unet_takes_any_size(size):
     assert outputs["out"].shape == (2, 3, *size)
 
 
+def test_unet_pads_with_the_pixels_of_the_edge():
+    """So a picture of one colour gives the logits of a larger one."""
+    model, images = UNet(3, 4).eval(), torch.ones(1, 3, 40, 48)
+    with torch.no_grad():
+        whole, part = (model(x)["out"] for x in (images, images[..., :33, :41]))
+    torch.testing.assert_close(part, whole[..., :33, :41])
+
+
 def test_unet_is_the_one_of_the_paper():
     """64-128-256-512: parameters counted by hand, convolutions without bias under batch norm."""
 
