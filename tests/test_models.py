@@ -118,6 +118,13 @@ def test_deeplab_upsamples_by_its_stride_at_any_size(size):
     torch.testing.assert_close(found, expected)
 
 
+def test_logits_of_half_precision_are_upsampled_as_float32():
+    model = DeepLab(3).eval().bfloat16()
+    with torch.no_grad():
+        logits = model(torch.ones(1, 3, 32, 32, dtype=torch.bfloat16))["out"]
+    assert logits.dtype == torch.float32
+
+
 # --- warm start ----------------------------------------------------------------------------------
 
 
