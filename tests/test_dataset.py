@@ -528,6 +528,17 @@ def test_fingerprint_names_the_masks_not_the_place(data, tmp_path):
     assert load_manifest(tmp_path).fingerprint != original
 
 
+@pytest.mark.parametrize("name", ["classes", "id", "split", "height"])
+def test_fingerprint_names_classes_and_images(data, tmp_path, name):
+    content = json.loads((data / "manifest.json").read_text())
+    if name == "classes":
+        content["classes"] = [*content["classes"][:1], *content["classes"][:0:-1]]
+    else:
+        content["images"][0][name] = {"id": 999, "split": "val2017", "height": 7}[name]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert load_manifest(tmp_path).fingerprint != load_manifest(data).fingerprint
+
+
 def test_colors_are_distinct_and_stable():
     colors = class_colors(255)
     assert len(set(colors)) == 255
