@@ -27,7 +27,7 @@ import common
 import dataset
 import train
 from common import load_manifest
-from losses import class_weights
+from losses import class_weights, segmentation_loss
 from models import build_model, build_optimizer, load_checkpoint, save_checkpoint
 from train import Run
 
@@ -476,6 +476,28 @@ def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
         changed = not all(map(torch.equal, before, model.parameters()))
         assert changed == (factor == 1)
     assert skipped == [1, 1, 1, 2, 2]
+
+
+def bare_run(model, **changed):
+    """What `train_step` needs of a Run."""
+    args = {"epochs": 2, "lr": 1e-2, "seed": 0, "gamma": 2.0, "focal": False, "dice": False}
+    return SimpleNamespace(
+        args=SimpleNamespace(**args | changed), batches=SimpleNamespace(steps=5), step=0,
+        device=torch.device("cpu"), dtype=None, autocast=nullcontext, weight=None, ddp_model=model,
+        optimizer=build_optimizer(model, 1e-2), scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("focal", "gamma"), [(False, 0.0), (True, 2.0)])
+def test_gamma_is_of_the_focal_loss_alone(focal, gamma):
+    torch.manual_seed(0)
+    model = build_model("unet", ["background", "person", "car"], width=4).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    masks = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = model(dataset.normalize(images))["out"]
+    loss = Run.train_step(bare_run(model, focal=focal), [(images, masks)])
+    torch.testing.assert_close(loss, segmentation_loss(logits, masks, gamma=gamma))
 
 
 @pytest.mark.parametrize("dice", [False, True])
