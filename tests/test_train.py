@@ -500,6 +500,20 @@ def test_gamma_is_of_the_focal_loss_alone(focal, gamma):
     torch.testing.assert_close(loss, segmentation_loss(logits, masks, gamma=gamma))
 
 
+def test_dropout_is_a_function_of_seed_step_and_rank(monkeypatch):
+    model = build_model("unet", ["background", "person", "car"], width=4)
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.uint8)
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
+        run = bare_run(model, seed=seed)
+        run.step = step
+        Run.train_step(run, [batch])
+    assert len(set(seeds)) == 4
+    assert seeds[0] == seeds[-1]
+
+
 @pytest.mark.parametrize("dice", [False, True])
 def test_accumulated_batches_give_the_step_of_the_whole(dice):
     """With batch norm frozen; more pixels are ignored in one part than in the other."""
