@@ -79,6 +79,14 @@ def test_the_loss_falls_and_the_metric_rises(data, tmp_path):
     assert load_checkpoint(out / "best.pt")["progress"]["epoch"] == best["epoch"]
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_its_own_steps(data, tmp_path, monkeypatch):
+    """Of which there are six: 0 to 5, then 6 to 11."""
+    monkeypatch.setattr(Run, "train_step", lambda run, _: torch.tensor(float(run.step)))
+    flags = ["--model", "unet", "--epochs", "2", "--out", str(tmp_path / "run")]
+    train.main(["--data", str(data), *TINY, *flags])
+    assert [line["train_loss"] for line in lines_of(tmp_path / "run")] == [2.5, 8.5]
+
+
 def test_learning_rate():
     rates = np.array([train.learning_rate(step, 1000, 0.1) for step in range(1001)])
     assert rates[0] == pytest.approx(0.1 / 30)
