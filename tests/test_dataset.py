@@ -287,6 +287,17 @@ def test_evaluation_keeps_the_aspect_and_pads(height, width):
     assert (result[0, :, w:] == 124).all()
 
 
+def test_shrunk_pictures_hold_all_their_pixels(monkeypatch):
+    """Each fourth column is white. Interpolated between two pixels each, all would be black."""
+    monkeypatch.setattr(dataset, "jitter", lambda image, *_: image)
+    image = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    image[..., ::4] = 255
+    crop, _ = augment(image, image[0], (0, 0, 256, 256), 64, np.random.default_rng(0))
+    for small in (crop, evaluation_input(image, 64)):
+        assert small.shape == (3, 64, 64)
+        assert ((small[..., 1:-1] >= 63) & (small[..., 1:-1] <= 65)).all()
+
+
 def test_normalize():
     images = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
     images[1] = 255
