@@ -427,3 +427,12 @@ def test_refused_checkpoints(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="not a checkpoint"):
         load_checkpoint(path)
+
+
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
+    state = a_state()
+    name, tensor = next(iter(state["model"].items()))
+    state["model"][name] = torch.zeros(1).expand_as(tensor)
+    save_checkpoint(tmp_path / "a.pt", state)
+    with pytest.raises(UserError, match=f"a.pt is no sound checkpoint.*{name}"):
+        load_checkpoint(tmp_path / "a.pt")
