@@ -1178,6 +1178,9 @@ def test_categories_without_a_name_stay_apart(tmp_path):
 def test_an_annotation_of_nothing_costs_no_image(tmp_path, empty):
     _, by_name = one_file(tmp_path, [image_row(1, "a.jpg")], [person(1), person(1, **empty)])
     assert by_name["a.png"]["pixels"] == {"0": 104, "1": 16}
+    rows = [image_row(1, "a.jpg"), image_row(2, "b.jpg")]
+    lost = person(1, **{**empty, "segmentation": [[5, 5, 8, 5]]})
+    assert list(one_file(tmp_path, rows, [lost, person(2)])[1]) == ["b.png"]  # it had a place
     for box in ({}, {"bbox": []}, {"bbox": [5, 5, 3, 0]}):  # somewhere is something
         _, by_name = one_file(
             tmp_path,
