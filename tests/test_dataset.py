@@ -89,6 +89,15 @@ def test_split_depends_on_the_images_not_on_their_order():
     assert set(manifest.ids[val]) == set(shuffled.ids[other])
 
 
+@pytest.mark.parametrize(("count", "validating"), [(1, 0), (2, 1), (3, 1), (8, 2)])
+def test_a_class_of_two_images_has_one_to_validate_on(count, validating):
+    pixels = np.tile([9, 1, 0, 0], (50, 1))
+    pixels[:count, 3] = 1
+    for seed in range(9):
+        _, val = split_indices(fake_manifest(pixels), seed, None)
+        assert (val < count).sum() == validating
+
+
 def test_named_split_validates(data):
     manifest = load_manifest(data)
     train, val = split_indices(manifest, 0, "val2017")
@@ -165,6 +174,17 @@ def test_image_and_mask_move_together(seed, scale, monkeypatch):
     for shift in [(dy, dx) for dy in (-3, 0, 3) for dx in (-3, 0, 3)]:
         middle &= mask.roll(shift, (0, 1)) == mask
     assert off[middle].float().mean() < 2
+
+
+def test_the_crop_of_a_smaller_image_begins_where_the_masks_does(monkeypatch):
+    """The image is half as large as its mask, so a box of odd numbers begins between its pixels."""
+    monkeypatch.setattr(dataset, "jitter", lambda image, *_: image)
+    half = torch.arange(36, dtype=torch.uint8).reshape(6, 6)
+    mask = half.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    for box, size in (((1, 1, 5, 5), 2), ((3, 5, 4, 5), 2), ((2, 3, 7, 6), 3)):
+        rng = np.random.default_rng(0)
+        image, crop = augment(half.expand(3, -1, -1), mask, box, size, rng)
+        assert torch.equal(image[0], crop)
 
 
 @pytest.mark.parametrize(("scale", "size"), [(1, (101, 67)), (2, (51, 34)), (4, (26, 17))])
@@ -265,6 +285,17 @@ def test_evaluation_keeps_the_aspect_and_pads(height, width):
     assert (result[:, :h, :w] == 200).all()
     assert (result[0, h:] == 124).all()
     assert (result[0, :, w:] == 124).all()
+
+
+def test_shrunk_pictures_hold_all_their_pixels(monkeypatch):
+    """Each fourth column is white. Interpolated between two pixels each, all would be black."""
+    monkeypatch.setattr(dataset, "jitter", lambda image, *_: image)
+    image = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    image[..., ::4] = 255
+    crop, _ = augment(image, image[0], (0, 0, 256, 256), 64, np.random.default_rng(0))
+    for small in (crop, evaluation_input(image, 64)):
+        assert small.shape == (3, 64, 64)
+        assert ((small[..., 1:-1] >= 63) & (small[..., 1:-1] <= 65)).all()
 
 
 def test_normalize():
@@ -384,7 +415,8 @@ def test_pixels_as_often_as_they_are_drawn():
 def test_a_repeated_image_is_augmented_anew(data):
     training = TrainingSet(load_manifest(data), 32, seed=0)
     assert torch.equal(training[0, 1, 5, 0][0], training[0, 1, 5, 0][0])
-    assert not torch.equal(training[0, 1, 5, 0][0], training[0, 2, 5, 0][0])
+    for other in ((0, 2, 5, 0), (1, 1, 5, 0)):  # position, epoch
+        assert not torch.equal(training[0, 1, 5, 0][0], training[other][0])
 
 
 def test_evaluation_loader_gives_every_image_once_with_255_around_its_mask(data):
@@ -507,6 +539,17 @@ def test_fingerprint_names_the_masks_not_the_place(data, tmp_path):
     assert load_manifest(tmp_path).fingerprint != original
 
 
+@pytest.mark.parametrize("name", ["classes", "id", "split", "height"])
+def test_fingerprint_names_classes_and_images(data, tmp_path, name):
+    content = json.loads((data / "manifest.json").read_text())
+    if name == "classes":
+        content["classes"] = [*content["classes"][:1], *content["classes"][:0:-1]]
+    else:
+        content["images"][0][name] = {"id": 999, "split": "val2017", "height": 7}[name]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert load_manifest(tmp_path).fingerprint != load_manifest(data).fingerprint
+
+
 def test_colors_are_distinct_and_stable():
     colors = class_colors(255)
     assert len(set(colors)) == 255
@@ -542,3 +585,9 @@ def test_groups_are_matched_in_names_then_paths_and_what_is_missed_is_said(data,
     alone = dataset.image_groups(manifest, None)
     assert (len(set(alone)), alone[3:]) == (4, ["a_jpg", "a_jpg"])
     assert dataset.image_groups(manifest, "^q*")[:3] == alone[:3]  # no empty match for all
+
+
+def test_equal_ids_in_two_splits_are_no_group(data):
+    manifest = fake_manifest(np.ones((6, 4), dtype=int))
+    manifest.ids[3:], manifest.splits[3:] = manifest.ids[:3], "b"
+    assert len(set(dataset.image_groups(manifest, None))) == 6

@@ -123,6 +123,15 @@ def test_the_loss_is_the_mean_over_pixels_that_count():
     assert total == pytest.approx(16 * math.log(4) + 16 * math.log(4 / 3))
 
 
+def test_the_mask_of_the_loss_is_sampled_at_pixel_centres():
+    """Of each two by two pixels the last one, whose corner is the centre."""
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[1::2, 1::2] = 1
+    logits = torch.stack([torch.zeros(32, 32), torch.full((32, 32), 50.0)])
+    loss, pixels = Predictor(None, 32, CPU).loss(logits, mask)
+    assert (loss.item(), pixels.item()) == (0, 32 * 32)
+
+
 def test_a_tie_is_the_lowest_label():
     logits = torch.tensor([1.0, 2, 2, 0, 2]).view(5, 1, 1).expand(5, 32, 32)
     assert (Predictor(None, 16, CPU).labels(logits, 200, 100) == 1).all()
@@ -265,6 +274,20 @@ def test_other_images_of_the_same_ids_are_no_validation_images(checkpoint, tmp_p
     assert evaluated(tmp_path / "old.pt", file)["evaluated_on"] == "validation"
 
 
+def test_training_images_are_only_those_of_the_run(coco, checkpoint, tmp_path, refused):
+    """Not the rest of other data, and none where a validation image has left the data."""
+    flags = ["--coco-root", coco, "--split", "train2017", "val2017", "--workers", 1]
+    prepare_masks.main([*map(str, flags), "--out", str(tmp_path / "b"), "--priority", "car"])
+    line = ["evaluate", "--ckpt", checkpoint, "--data", tmp_path / "b", "--other-data"]
+    assert "say --images all" in refused(*line, "--images", "training")
+    state = load_checkpoint(checkpoint)
+    state["val_ids"] = [*state["val_ids"], ["val2017", "999", "gone.jpg"]]
+    save_checkpoint(tmp_path / "gone.pt", state)
+    for images in ("validation", "training"):
+        sentence = refused("evaluate", "--ckpt", tmp_path / "gone.pt", "--images", images)
+        assert "say --images all" in sentence
+
+
 def test_runs_on_other_images_or_masks_are_not_compared(checkpoint, tmp_path, refused):
     state = load_checkpoint(checkpoint)
     for name, prefix, priority in (("a", "x", "dog"), ("b", "y", "dog"), ("c", "x", "car")):
@@ -279,6 +302,24 @@ def test_runs_on_other_images_or_masks_are_not_compared(checkpoint, tmp_path, re
         assert "other images, masks or classes" in sentence
     masks = [load_manifest(tmp_path / f"{name}-data").checksums.tolist() for name in "ac"]
     assert masks[0] != masks[1]
+
+
+def test_of_other_data_no_image_counts_as_one_of_the_training(data, checkpoint):
+    manifest, state = load_manifest(data), load_checkpoint(checkpoint)
+    for fingerprint, count in ((manifest.fingerprint, "24"), ("other", "0")):
+        state["fingerprint"] = fingerprint
+        subject = evaluation.Subject("a.pt", state, manifest, np.arange(9), "all")
+        assert evaluation.images_table(subject)[1][-1][1] == count
+
+
+def test_runs_of_one_setting_differ_in_the_seed_not_in_the_data():
+    def setting(fingerprint, **arguments):
+        state = {"args": {"lr": 0.1, **arguments}, "fingerprint": fingerprint}
+        return evaluation.Subject("a.pt", state, None, None, "all").setting()
+
+    assert setting("x", seed=1, data="a") == setting("x", seed=2, data="b")
+    assert setting("x") != setting("y")
+    assert setting("x") != setting("x", lr=0.2)
 
 
 def test_tables_as_text_and_as_markdown(checkpoint, tmp_path):

@@ -364,6 +364,15 @@ def test_missing_images(tmp_path, refuse):
     assert len(json.loads((tmp_path / "data" / "manifest.json").read_text())["images"]) == 3
 
 
+def test_annotations_of_an_image_without_a_name_are_left_out_with_it(tmp_path):
+    rows = [image_row(1, "a.jpg"), image_row(2, "")]
+    path = write_json(tmp_path / "a.json", rows, [person(1), person(2), person(3)])
+    write_image(tmp_path / "images" / "a.jpg")
+    manifest, _ = prepare(tmp_path, "--annotations", path, "--images-dir", tmp_path / "images")
+    assert reasons(manifest, "images") == {"image without a file name": 1}
+    assert reasons(manifest, "annotations") == {"annotation of an unknown image": 1}
+
+
 FOREIGN = [
     "../{}",
     "c\\..\\..\\{}",
@@ -471,6 +480,7 @@ RLE = {"size": [10, 12], "counts": [20, 10, 90]}
         (SQUARE[0], 16),
         ([[2, 2], [6, 2], [6, 6], [2, 6]], 16),
         ([[[2, 2], [6, 2], [6, 6], [2, 6]]], 16),
+        ([[2, 2], [8, 2], [8, 8]], 15),  # a triangle
         ([["2", "2", "6", "2", "6.0", "6", "2", "6"]], 16),
         ([RLE, {"size": ["10", 12.0], "counts": ["40", 5, 75]}], 15),
         ([*SQUARE, RLE], 16 + 10 - 4),
@@ -494,6 +504,7 @@ def test_what_cannot_be_used_never_becomes_background(tmp_path, capsys):
         person(2, [*SQUARE, bad], bbox=["2", "2", "9", "4"]),
         person(3, [*SQUARE, [1, 1, 9, 9]], bbox=[0, 0, 12, 10]),  # two points enclose nothing
         person(4, iscrowd="no", bbox=[0, 0, 2, 2]),
+        person(4, iscrowd=2, bbox=[0, 0, 2, 2]),
         person(5, [[3.1, 3.1, 3.2, 3.1, 3.2, 3.2]]),  # between the centres of pixels
     ]
     manifest, by_name = one_file(tmp_path, rows, anns)
@@ -512,7 +523,7 @@ def test_what_cannot_be_used_never_becomes_background(tmp_path, capsys):
         "polygon coordinate is not finite or out of bounds": 2,
         "annotation has no segmentation": 1,
         coco.TOO_SHORT: 1,
-        "iscrowd is neither 0 nor 1": 1,
+        "iscrowd is neither 0 nor 1": 2,
         "segmentation covers no pixel": 1,
     }
 
@@ -611,6 +622,17 @@ def test_exif_goes_as_the_sizes_of_the_file_say(tmp_path, upright):
         assert (row["height"], row["width"]) == size
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_every_orientation_that_swaps_the_sides(tmp_path, orientation):
+    path = tmp_path / "images" / "a.jpg"
+    write_image(path, (12, 10), exif=exif(orientation))
+    manifest, by_name = one_file(
+        tmp_path, [image_row(1, "a.jpg", height=12, width=10)], [person(1)]
+    )
+    assert (len(by_name), manifest["exif"]) == (1, {"a": "upright"})
+    assert read_image(path, (12, 10), upright=False).size == (10, 12)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
 def test_damaged_exif_loses_no_image(tmp_path, name):
     path = tmp_path / "images" / name
@@ -636,6 +658,8 @@ def test_a_tiff_that_states_fewer_bits_is_scaled_by_them():
     assert np.array(_scaled(image)).max() == 1024 >> 3  # the smallest depth that holds it
     image.tag_v2 = {258: (12,)}
     assert np.array(_scaled(image)).max() == 1024 >> 4
+    dark = Image.fromarray(np.full((4, 4), 100, dtype=np.uint16))
+    assert np.array(_scaled(dark)).max() == 100  # never less than 8 bits
 
 
 def test_check_finds_an_image_that_is_cut_off(tmp_path):
@@ -1154,6 +1178,9 @@ def test_categories_without_a_name_stay_apart(tmp_path):
 def test_an_annotation_of_nothing_costs_no_image(tmp_path, empty):
     _, by_name = one_file(tmp_path, [image_row(1, "a.jpg")], [person(1), person(1, **empty)])
     assert by_name["a.png"]["pixels"] == {"0": 104, "1": 16}
+    rows = [image_row(1, "a.jpg"), image_row(2, "b.jpg")]
+    lost = person(1, **{**empty, "segmentation": [[5, 5, 8, 5]]})
+    assert list(one_file(tmp_path, rows, [lost, person(2)])[1]) == ["b.png"]  # it had a place
     for box in ({}, {"bbox": []}, {"bbox": [5, 5, 3, 0]}):  # somewhere is something
         _, by_name = one_file(
             tmp_path,
@@ -1198,11 +1225,18 @@ def test_exif_of_a_split_that_shows_nothing_is_that_of_the_others(tmp_path, caps
     flags = ("--annotations", *paths, "--images-dir", tmp_path / "train", tmp_path / "val")
     assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "upright"}
     assert "note:" not in capsys.readouterr().out
+    turned(tmp_path / "val" / "c.jpg", 6, seed=2)  # whose sizes show that it was not turned
+    write_json(tmp_path / "val.json", [image_row(1, "c.jpg")], [person(1)])
+    assert prepare(tmp_path, *flags)[0]["exif"] == {"train": "upright", "val": "stored"}
+    write_json(tmp_path / "val.json", [image_row(1, "b.jpg")], [person(1)])
     flags = ("--annotations", paths[1], "--images-dir", tmp_path / "val")
     assert prepare(tmp_path, *flags)[0]["exif"] == {"val": "stored"}
     assert "note: EXIF rotates 1 images" in capsys.readouterr().out
     prepare(tmp_path, *flags, "--exif", "stored")
     assert "note:" not in capsys.readouterr().out
+    turned(tmp_path / "images" / "c.tif", 3)  # in a tag of its own
+    one_file(tmp_path, [image_row(1, "c.tif")], [person(1)])
+    assert "note: EXIF rotates 1 images" in capsys.readouterr().out
 
 
 def test_exif_where_no_size_is_stated_is_noted(tmp_path, capsys):

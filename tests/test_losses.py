@@ -73,6 +73,14 @@ def test_nothing_but_ignored_pixels_is_zero_not_nan(gamma):
     assert (logits.grad == 0).all()
 
 
+def test_a_sum_of_weights_below_one_divides_too():
+    """One pixel of weight 1/4, as where a class that is everywhere fills the valid pixels."""
+    logits, masks = torch.zeros(1, 2, 3, 3), torch.full((1, 3, 3), 255)
+    masks[0, 1, 1] = 1
+    loss = segmentation_loss(logits, masks, torch.tensor([1.0, 0.25]))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_gradient_is_finite_where_the_prediction_is_perfect(gamma):
     logits = torch.tensor([200.0, 0.0]).reshape(1, 2, 1, 1).requires_grad_()
@@ -126,6 +134,10 @@ def test_dice_by_hand():
     sums = dice_sums(logits, torch.tensor([[[1, 1, 0]]]))
     torch.testing.assert_close(sums, torch.tensor([[0.5, 1, 0], [1.5, 1.5, 0], [1, 2, 0]]))
     assert dice_loss(sums).item() == pytest.approx(1 - (2 * 1 + 1) / (1.5 + 2 + 1))
+    # A class of a single pixel counts: that of class 0 becomes one of class 2, with p = 0.
+    sums = dice_sums(logits, torch.tensor([[[1, 1, 2]]]))
+    both = (1 - (2 * 1 + 1) / (1.5 + 2 + 1)) + (1 - 1 / (0 + 1 + 1))
+    assert dice_loss(sums).item() == pytest.approx(both / 2)
 
 
 def plain_dice(logits, masks):
@@ -212,3 +224,10 @@ def test_the_gradient_of_half_precision_logits_is_theirs():
     x = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     total_loss({"out": x}, torch.zeros(1, 64, 64, dtype=torch.uint8)).backward()
     assert x.grad.dtype == torch.bfloat16
+
+
+def test_logits_are_upsampled_in_float32_within_autocast():
+    logits, masks = torch.randn(1, 3, 8, 8), torch.randint(0, 3, (1, 64, 64))
+    expected = with_dice({"out": logits}, masks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(with_dice({"out": logits}, masks), expected)

@@ -138,6 +138,11 @@ def test_the_jackknife_of_a_mean_is_its_textbook_interval():
     assert p == pytest.approx(2 * stats.t.sf(3 / error, degrees), abs=1e-3)
 
 
+def test_without_any_variation_a_value_is_certain():
+    assert jackknife(0.5, np.full(9, 0.5)) == ([0.5, 0.5], 0)
+    assert jackknife(0.0, np.zeros(9)) == ([0, 0], 1)
+
+
 def difference(one, other):
     classes, all_counts = ["background", "person"], [counts_of(m) for m in (one, other)]
     entries = [report("", classes, confusion_of(m), False, "") for m in (one, other)]
@@ -167,6 +172,8 @@ def test_pick_rows():
     assert sorted(pick("random", 9, counts, classes)) == [0, 1, 2]
     assert len(pick("random", 2, counts, classes)) == 2
     assert len(pick("car", 2, counts[:2], classes)) == 0
+    matrices[3, 0] = [9, 1, 0]  # nothing but a false positive
+    assert pick("worst", 1, counts_of(matrices), classes).tolist() == [3]
 
 
 def test_no_interval_of_a_class_that_three_images_hold():
@@ -179,6 +186,11 @@ def test_no_interval_of_a_class_that_three_images_hold():
     rest = pooled - counts
     low, high = class_interval(counts, rest[:, 0] / (rest[:, 1] + rest[:, 2] - rest[:, 0]))
     assert 0 < low < 19 / (40 + 32 - 19) < high < 1
+
+
+def test_the_interval_of_a_perfect_class_lacks_half_a_pixel():
+    counts = np.full((5, 3), 10)
+    assert class_interval(counts, np.ones(5)) == pytest.approx([1 - 0.5 / 50] * 2)
 
 
 def test_no_interval_of_a_class_that_is_hit_in_one_image_or_none():
@@ -239,6 +251,12 @@ def test_no_interval_of_a_mean_that_is_zero():
     assert entry["interval"]["foreground_miou"] is None
 
 
+@pytest.mark.parametrize(("value", "images"), [(0.5, 3), (np.nan, 9), (None, 9)])
+def test_no_interval_of_a_mean_of_few_images_or_of_no_class(value, images):
+    assert metrics.mean_interval(value, np.linspace(0.4, 0.6, images)) is None
+    assert metrics.mean_interval(0.5, np.linspace(0.4, 0.6, 4)) is not None
+
+
 def test_the_intervals_hold_the_truth_as_often_as_they_say():
     """Of 95% intervals of samples from a known population, of which few images hold a class, 93%
     or more hold its IoU, the mean, and the difference of two. RESULTS.md has the whole table."""
@@ -278,6 +296,9 @@ def test_runs_that_differ_in_the_seed_share_a_row():
         "40.0", "20.0 to 60.0", "40.0 to 40.0", "90.0", "90.0 to 90.0", "90.0 to 90.0"
     ]  # fmt: skip
     assert rows[1][4] == "40.0"  # the foreground mean of one class
+    once = all_counts.copy()
+    once[0, 1:, 0, 1] = 0  # one of the runs hits the class in a single image
+    assert metrics.seeds_table(entries, list(once), ["one"] * 4)[1][3][2] == ""
     all_counts[..., 1, 1] = 0  # no truth: no value, no interval
     _, rows = metrics.seeds_table(entries, list(all_counts), ["one"] * 4)
     assert [row[2] for row in rows[1:]] == ["-", "- to -", ""]

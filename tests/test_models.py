@@ -40,6 +40,14 @@ def test_unet_takes_any_size(size):
     assert outputs["out"].shape == (2, 3, *size)
 
 
+def test_unet_pads_with_the_pixels_of_the_edge():
+    """So a picture of one colour gives the logits of a larger one."""
+    model, images = UNet(3, 4).eval(), torch.ones(1, 3, 40, 48)
+    with torch.no_grad():
+        whole, part = (model(x)["out"] for x in (images, images[..., :33, :41]))
+    torch.testing.assert_close(part, whole[..., :33, :41])
+
+
 def test_unet_is_the_one_of_the_paper():
     """64-128-256-512: parameters counted by hand, convolutions without bias under batch norm."""
 
@@ -108,6 +116,13 @@ def test_deeplab_upsamples_by_its_stride_at_any_size(size):
     last = [8 * -(-n // 8) - 4.5 for n in size]  # beyond the centre of the last cell it is constant
     expected = torch.minimum(expected, torch.tensor(last)[:, None, None])
     torch.testing.assert_close(found, expected)
+
+
+def test_logits_of_half_precision_are_upsampled_as_float32():
+    model = DeepLab(3).eval().bfloat16()
+    with torch.no_grad():
+        logits = model(torch.ones(1, 3, 32, 32, dtype=torch.bfloat16))["out"]
+    assert logits.dtype == torch.float32
 
 
 # --- warm start ----------------------------------------------------------------------------------
@@ -223,6 +238,13 @@ def test_prior_is_what_an_untrained_network_predicts(name):
     init_class_prior(model, prior)
     for logits in model.train()(torch.randn(2, 3, 32, 32)).values():
         torch.testing.assert_close(logits.softmax(1)[1, :, 3, 3], prior)
+
+
+def test_the_prior_of_a_class_without_pixels_is_finite():
+    model = build_model("unet", ["background", "a", "b"], width=4)
+    init_class_prior(model, torch.tensor([0.9, 0.1, 0.0]))
+    expected = torch.tensor([0.9, 0.1, 1e-4]).log()
+    torch.testing.assert_close(model.classifier.bias.detach(), expected)
 
 
 # --- devices -------------------------------------------------------------------------------------
@@ -405,3 +427,12 @@ def test_refused_checkpoints(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="not a checkpoint"):
         load_checkpoint(path)
+
+
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
+    state = a_state()
+    name, tensor = next(iter(state["model"].items()))
+    state["model"][name] = torch.zeros(1).expand_as(tensor)
+    save_checkpoint(tmp_path / "a.pt", state)
+    with pytest.raises(UserError, match=f"a.pt is no sound checkpoint.*{name}"):
+        load_checkpoint(tmp_path / "a.pt")

@@ -350,9 +350,10 @@ def test_a_mask_for_every_kind_of_file(lively, tmp_path, capsys):
 
 
 def test_what_has_no_scale_is_refused(tmp_path):
-    Image.fromarray(np.full((24, 40), 2**16, dtype=np.int32)).save(tmp_path / "deep.tif")
-    with pytest.raises(UserError, match=r"deep.tif \(pixels of more than 16 bits\)"):
-        read_image(tmp_path / "deep.tif")
+    for value in (2**16, -1):
+        Image.fromarray(np.full((24, 40), value, dtype=np.int32)).save(tmp_path / "deep.tif")
+        with pytest.raises(UserError, match=r"deep.tif \(pixels of more than 16 bits\)"):
+            read_image(tmp_path / "deep.tif")
     Image.fromarray(np.full((24, 40), 0.5, dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="float.tif .*floating-point"):
         read_image(tmp_path / "float.tif")
@@ -516,6 +517,17 @@ def test_colors_and_overlay(tmp_path):
     inside = opacity * np.array(colors[2]) + (1 - opacity) * plain
     assert abs(overlay[32:64, 32:80] - inside).max() < 4
     assert abs(overlay[labels == 0] - plain).max() < 4
+
+
+@pytest.mark.parametrize("rows", [1, 3, 99])
+def test_strips_of_an_overlay_are_the_overlay(monkeypatch, rows):
+    """Outlines between two strips included."""
+    monkeypatch.setattr(predict, "STRIP", 40 * rows)
+    labels = np.random.default_rng(0).integers(0, 3, (24, 40), dtype=np.uint8)
+    image, colors = Image.fromarray(upright()), class_colors(3)
+    whole = predict.overlay(image.copy(), labels, colors)
+    predict.draw_over(image, labels, lambda *strip: predict.overlay(*strip, colors))
+    np.testing.assert_array_equal(np.array(image), np.array(whole))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")

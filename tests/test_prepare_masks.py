@@ -263,6 +263,7 @@ HALF = {"size": [4, 4], "counts": [8, 8]}
         ([[1, 1, 2, 2, 3, 10**400]], "other than numbers"),
         ([[0, 0, 1e6, 0, 0, 0, 1e6, 0]], "outline"),
         ([[1, 1, 2, 2, 3, None]], "not finite"),
+        ([[0, 0, 0.5, 0, 0.5, 1, 0, 1]], "normalised"),
         ([[1, 1, 2, 2, 3, "four"]], "other than numbers"),
         ([[1, 1, 2, 2, 3, [4]]], "other than numbers"),
         (None, "no segmentation"),
@@ -585,6 +586,19 @@ def test_a_rename_that_fails_leaves_the_earlier_masks(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not (out / ".preparing").exists()
     prepare_masks.main([*flags, str(out), "--priority", "car"])
+
+
+def test_a_manifest_means_complete_masks_at_any_time(tmp_path, monkeypatch, coco):
+    """The old one leaves before its masks, and the new one comes after its own."""
+    out, moves, rename = tmp_path / "data", [], common.rename
+    for _ in range(2):
+        monkeypatch.setattr(common, "rename", lambda *move: moves.append(move) or rename(*move))
+        prepare_masks.main(["--coco-root", str(coco), "--workers", "1", "--out", str(out)])
+        monkeypatch.undo()
+    assert next(old.name for old, _ in moves if old.parent == out) == "manifest.json"
+    new = [new.name for _, new in moves if new.parent == out]
+    assert new[2] == new[-1] == "manifest.json"
+    assert len(new) == 6
 
 
 def test_crowds_that_may_be_how_a_tool_writes_masks_are_noted(tmp_path, capsys):

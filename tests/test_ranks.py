@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, TINY
 
+import distributed
 from dataset import EpochBatches
 from distributed import _common_name
 from models import load_checkpoint
@@ -161,6 +162,15 @@ def test_ranks_find_the_name_of_their_own_start():
         assert len(names) == start + 1
     assert names[0] != names[1]
     assert "old name" not in names
+
+
+def test_every_buffer_is_that_of_rank_0(monkeypatch):
+    """Else each rank would validate with statistics of its own."""
+    sent, norm = [], torch.nn.BatchNorm2d(3)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda *told: sent.append(told))
+    distributed.share_buffers(norm)
+    assert [(id(buffer), 0) for buffer in norm.buffers()] == [(id(b), r) for b, r in sent]
 
 
 def test_help_under_torchrun_is_shown_once_and_no_failure():

@@ -125,6 +125,12 @@ def test_the_best_stands_out_only_where_it_is_clear():
     few = counts.copy()
     few[:, 3:, :, 1] = 0  # three images hold class 1
     assert metrics.winners(list(few))[1] is None
+    few[:, 3] = counts[:, 3]  # four
+    assert metrics.winners(list(few))[1] == 1
+    near = counts[1].copy()  # as good, but for single images: whichever is asked last
+    near[::2, 0, 1], near[1::2, 0, 1] = 40, 98
+    for three in ([*counts, near], [near, counts[1], counts[0]], [counts[0], near, counts[1]]):
+        assert metrics.winners(three)[1] is None
 
 
 def test_the_gallery_takes_turns():

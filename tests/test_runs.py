@@ -494,6 +494,13 @@ def test_paths_are_expanded_where_the_shell_does_not(checkpoint, tmp_path, monke
     assert args.ckpt == [str(tmp_path / "x[1]" / "best.pt"), "none*"]
 
 
+def test_a_file_that_is_called_like_a_pattern_is_itself(tmp_path):
+    for name in ("a[1].jpg", "a1.jpg"):
+        (tmp_path / name).touch()
+    word = str(tmp_path / "a[1].jpg")
+    assert common.ArgumentParser.expanded(word) == [word]
+
+
 def test_a_regular_expression_is_no_glob(tmp_path, monkeypatch):
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "x").mkdir()

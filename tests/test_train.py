@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ import common
 import dataset
 import train
 from common import load_manifest
-from losses import class_weights
+from losses import class_weights, segmentation_loss
 from models import build_model, build_optimizer, load_checkpoint, save_checkpoint
 from train import Run
 
@@ -76,6 +77,14 @@ def test_the_loss_falls_and_the_metric_rises(data, tmp_path):
     assert max(line["val_foreground_miou"] for line in lines) > 0.3
     best = max(lines, key=lambda line: line["val_foreground_miou"])
     assert load_checkpoint(out / "best.pt")["progress"]["epoch"] == best["epoch"]
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_own_steps(data, tmp_path, monkeypatch):
+    """Of which there are six: 0 to 5, then 6 to 11."""
+    monkeypatch.setattr(Run, "train_step", lambda run, _: torch.tensor(float(run.step)))
+    flags = ["--model", "unet", "--epochs", "2", "--out", str(tmp_path / "run")]
+    train.main(["--data", str(data), *TINY, *flags])
+    assert [line["train_loss"] for line in lines_of(tmp_path / "run")] == [2.5, 8.5]
 
 
 def test_learning_rate():
@@ -477,6 +486,42 @@ def test_steps_that_the_scaler_skips_are_counted(monkeypatch):
     assert skipped == [1, 1, 1, 2, 2]
 
 
+def bare_run(model, **changed):
+    """What `train_step` needs of a Run."""
+    args = {"epochs": 2, "lr": 1e-2, "seed": 0, "gamma": 2.0, "focal": False, "dice": False}
+    return SimpleNamespace(
+        args=SimpleNamespace(**args | changed), batches=SimpleNamespace(steps=5), step=0,
+        device=torch.device("cpu"), dtype=None, autocast=nullcontext, weight=None, ddp_model=model,
+        optimizer=build_optimizer(model, 1e-2), scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("focal", "gamma"), [(False, 0.0), (True, 2.0)])
+def test_gamma_is_of_the_focal_loss_alone(focal, gamma):
+    torch.manual_seed(0)
+    model = build_model("unet", ["background", "person", "car"], width=4).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    masks = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = model(dataset.normalize(images))["out"]
+    loss = Run.train_step(bare_run(model, focal=focal), [(images, masks)])
+    torch.testing.assert_close(loss, segmentation_loss(logits, masks, gamma=gamma))
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank(monkeypatch):
+    model = build_model("unet", ["background", "person", "car"], width=4)
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.uint8)
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
+        run = bare_run(model, seed=seed)
+        run.step = step
+        Run.train_step(run, [batch])
+    assert len(set(seeds)) == 4
+    assert seeds[0] == seeds[-1]
+
+
 @pytest.mark.parametrize("dice", [False, True])
 def test_accumulated_batches_give_the_step_of_the_whole(dice):
     """With batch norm frozen; more pixels are ignored in one part than in the other."""
@@ -528,12 +573,40 @@ def test_dice_of_a_step_in_parts_is_that_of_its_forwards(data, tmp_path, monkeyp
 
 def test_class_weights_are_of_the_pixels_that_are_drawn(data, tmp_path):
     line = ["--data", data, *TINY, "--model", "unet", "--weighted", "--balance", 0.5]
+    line += ["--oversample", 9, "--rare", "bus"]
     args, _ = train.parse_args([*map(str, line), "--out", str(tmp_path / "run")])
     run = Run(args, torch.device("cpu"), "none")
     rows, _ = dataset.split_indices(run.manifest, args.seed, args.val_split)
+    rows = dataset.oversample(run.manifest, rows, ["bus"], 9)
     expected = class_weights(dataset.drawn_pixels(run.manifest, rows, 0.5))
     assert list(run.named_weights.values()) == pytest.approx(expected.tolist())
     assert expected[4] < 0.9 * class_weights(run.manifest.pixels[rows].sum(axis=0))[4]
+
+
+def test_scale_and_exif_are_those_of_most_training_images(data, tmp_path, monkeypatch):
+    """One of which is upright, and all validation images, which are small besides."""
+    manifest = load_manifest(data)
+    other = (manifest.splits == "val2017")[:, None]
+    sizes, upright = np.where(other, 8, manifest.sizes), other[:, 0].copy()
+    upright[np.flatnonzero(~upright)[0]] = True
+    changed = replace(manifest, sizes=sizes, upright=upright)
+    monkeypatch.setattr(common, "load_manifest", lambda *_: changed)
+    line = ["--data", data, *TINY, "--model", "unet", "--out", tmp_path / "run"]
+    run = Run(train.parse_args([*map(str, line)])[0], torch.device("cpu"), "none")
+    assert (run.upright, run.scale) == (False, 32 / 48)
+
+
+def test_no_validation_image_is_drawn(data, tmp_path):
+    """Neither for its class nor as a rare one: the dog, in one of 24 training images, is rare, but
+    would not be among all 33."""
+    line = ["--data", data, *TINY, "--model", "unet", "--oversample", 3, "--balance", 0.5]
+    args, _ = train.parse_args([*map(str, line), "--out", str(tmp_path / "run")])
+    run = Run(args, torch.device("cpu"), "none")
+    assert run.rare == ["dog"]
+    rows, _ = dataset.split_indices(run.manifest, args.seed, args.val_split)
+    for epoch in range(9):
+        run.batches.set_epoch(epoch)
+        assert {row for batch in run.batches for _, _, row, _ in batch} <= set(rows.tolist())
 
 
 def test_a_run_from_weights_freezes_its_norm_and_has_two_rates(data, tmp_path):
