@@ -382,7 +382,7 @@ def evaluation_loader(
     for index in indices.tolist():
         shape = padded_size(*manifest.sizes[index].tolist(), size) if size else index
         groups[shape].append(index)
-    for _, group in sorted(groups.items()):
+    for group in groups.values():
         largest = int(manifest.sizes[group].prod(axis=1).max())
         count = max(1, min(batch_size, BATCH_PIXELS // largest))
         batches += [group[start : start + count] for start in range(0, len(group), count)]

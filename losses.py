@@ -47,8 +47,7 @@ def segmentation_loss(
     is the sum of the weights without the focal factor; otherwise gamma would not down-weight.
     """
     masks = masks.long()
-    with torch.autocast(logits.device.type, enabled=False):
-        loss = F.cross_entropy(logits.float(), masks, reduction="none", ignore_index=IGNORE_INDEX)
+    loss = F.cross_entropy(logits.float(), masks, reduction="none", ignore_index=IGNORE_INDEX)
     if gamma:
         # 1 - p without cancellation; the clamp keeps the slope finite at p = 1 for gamma < 1.
         loss = loss * (-torch.expm1(-loss)).clamp_min(1e-6) ** gamma
@@ -71,8 +70,7 @@ def dice_sums(logits: Tensor, masks: Tensor) -> Tensor:
 
     logits: (N, C, H, W) of any float dtype. masks: (N, H, W) integer, 0..C-1 or 255 (ignored).
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        probabilities = logits.float().softmax(dim=1)
+    probabilities = logits.float().softmax(dim=1)
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     true, valid = (masks[:, None] == classes).float(), (masks[:, None] != IGNORE_INDEX).float()
     sums = [probabilities * true, probabilities * valid, true]

@@ -78,8 +78,8 @@ def leave_one_out(counts: np.ndarray) -> dict[str, np.ndarray]:
     Without its only image a class counts as an IoU of 0. That makes the intervals of means wide,
     since nothing else is known about such a class."""
     pooled = counts.sum(axis=0)
-    iou = scores(pooled - counts, held=pooled[1] > 0)["iou"]
-    iou[:, pooled[1] > 0] = np.nan_to_num(iou[:, pooled[1] > 0])
+    iou, held = scores(pooled - counts)["iou"], pooled[1] > 0
+    iou[:, held] = np.nan_to_num(iou[:, held])
     return {"iou": iou, "miou": _mean(iou), "foreground_miou": _mean(iou[:, 1:])}
 
 

@@ -65,7 +65,7 @@ def neighbours(length: int, scaled: int) -> Tensor:
     its centre lies, and the share of the second, as in the bilinear
     `torch.nn.functional.interpolate`."""
     places = (torch.arange(length, dtype=torch.float64) + 0.5) * (scaled / length) - 0.5
-    places = places.clamp(0, scaled - 1)
+    places = places.clamp(min=0)
     lower = places.floor()
     return torch.stack([lower, (lower + 1).clamp(max=scaled - 1), places - lower])
 
