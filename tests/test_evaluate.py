@@ -279,13 +279,13 @@ def test_training_images_are_only_those_of_the_run(coco, checkpoint, tmp_path, r
     flags = ["--coco-root", coco, "--split", "train2017", "val2017", "--workers", 1]
     prepare_masks.main([*map(str, flags), "--out", str(tmp_path / "b"), "--priority", "car"])
     line = ["evaluate", "--ckpt", checkpoint, "--data", tmp_path / "b", "--other-data"]
-    assert "say --images all" in refused(*line, "--images", "training")
+    assert "use --images all" in refused(*line, "--images", "training")
     state = load_checkpoint(checkpoint)
     state["val_ids"] = [*state["val_ids"], ["val2017", "999", "gone.jpg"]]
     save_checkpoint(tmp_path / "gone.pt", state)
     for images in ("validation", "training"):
         sentence = refused("evaluate", "--ckpt", tmp_path / "gone.pt", "--images", images)
-        assert "say --images all" in sentence
+        assert "use --images all" in sentence
 
 
 def test_runs_on_other_images_or_masks_are_not_compared(checkpoint, tmp_path, refused):

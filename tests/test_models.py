@@ -434,5 +434,5 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
     name, tensor = next(iter(state["model"].items()))
     state["model"][name] = torch.zeros(1).expand_as(tensor)
     save_checkpoint(tmp_path / "a.pt", state)
-    with pytest.raises(UserError, match=f"a.pt is no sound checkpoint.*{name}"):
+    with pytest.raises(UserError, match=f"a.pt is not a valid checkpoint.*{name}"):
         load_checkpoint(tmp_path / "a.pt")

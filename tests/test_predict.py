@@ -394,9 +394,9 @@ def test_what_is_no_image_is_named_and_skipped(lively, tmp_path):
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
     for name, reason in {
-        "notes.txt": "no image",
-        "goOd.csv": "no image",
-        "empty.png": "no image",
+        "notes.txt": "not an image",
+        "goOd.csv": "not an image",
+        "empty.png": "not an image",
         "broken.png": "not a file",
         "pipe.jpg": "not a file",
         "cut.jpg": "truncated",

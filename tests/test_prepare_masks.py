@@ -429,7 +429,7 @@ def test_a_worker_that_dies_is_one_sentence_that_says_how_to_find_the_image(
     out = tmp_path / "data"
     sentence = refused("prepare_masks", "--coco-root", tmp_path, "--out", out, "--workers", 2)
     assert "a worker died" in sentence
-    assert f"with 1, the image after the newest in {out / '.preparing'} is it" in sentence
+    assert f"with 1, the image after the newest in {out / '.preparing'} did it" in sentence
     assert not (out / "manifest.json").exists()
 
 

@@ -225,7 +225,7 @@ def test_refusals(lively, coco, tmp_path, refused):
     save_checkpoint(tmp_path / "old.pt", state)
     predicted = ["predict", "--images", coco / "val2017", "--out", tmp_path / "out", "--ckpt"]
     for line in (predicted, ["evaluate", "--ckpt"]):
-        assert "--scale 2 is of --tile: give both" in refused(*line, lively, "--scale", 2)
+        assert "--scale 2 needs --tile: give both" in refused(*line, lively, "--scale", 2)
         for scale in (0, -1, 17, "nan"):
             sentence = refused(*line, lively, "--tile", "--scale", scale)
             assert "give 0.001 to 16.0" in sentence
