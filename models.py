@@ -329,8 +329,10 @@ def load_checkpoint(path: str | Path, mmap: bool = False, check: Callable | None
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: {remedy}") from None
-    except (PermissionError, IsADirectoryError):
+    except PermissionError:
         raise
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: {remedy}") from None
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         damaged = f"cannot read the checkpoint {path} (damaged: {reason})"

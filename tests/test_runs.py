@@ -606,7 +606,7 @@ def test_evaluation_takes_the_precision_of_the_run(data, tmp_path):
 
 
 def test_a_folder_is_no_checkpoint(tmp_path, refused):
-    assert f"cannot use {tmp_path} (Is a dir" in refused("evaluate", "--ckpt", tmp_path)
+    assert f"{tmp_path} is a folder: give best.pt" in refused("evaluate", "--ckpt", tmp_path)
 
 
 MUTATED = [  # each once ended in a traceback, a crash of the interpreter or 10^9 processes
