@@ -105,7 +105,7 @@ def identifier(value: object) -> int | str | None:
 
 def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[str], bool]:
     """A segmentation as compressed RLE of pycocotools; the reasons why rings were dropped; and
-    whether a ring may lie within another one. That could be meant as a hole, but it is filled.
+    whether a ring lies within another one. That could be meant as a hole, but it is filled.
 
     Takes polygons or RLE as COCO writes them, a single polygon, pairs, numbers as text, and several
     RLEs. Raises Unusable for anything that would make pycocotools crash, guess, or read memory that
@@ -134,8 +134,11 @@ def encode(segmentation: object, height: int, width: int) -> tuple[dict, list[st
     merged, areas = rle.merge(encoded), rle.area(encoded)
     if not rle.area(merged):
         raise Empty(OUTSIDE if outside else "segmentation covers no pixel")
-    overlap = areas.sum() - rle.area(merged)  # at least the smallest ring, if another encloses it
-    return merged, dropped, bool(overlap >= max(1, areas.min()))
+    nested = areas.sum() - rle.area(merged) >= max(1, areas.min())  # perhaps; more is slow
+    if nested:  # the share of each ring that lies within each other one
+        shares = rle.iou(encoded, encoded, [1] * len(encoded)) - np.eye(len(encoded))
+        nested = shares.max() >= 1
+    return merged, dropped, bool(nested)
 
 
 def encode_bbox(bbox: object, height: int, width: int) -> dict | None:

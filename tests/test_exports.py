@@ -1308,3 +1308,10 @@ def test_a_flag_is_written_whole(tmp_path, refuse):
     path = write_json(tmp_path / "a.json", [image_row(1, "a.jpg")], [person(1)])
     flags = ("--annotations", path, "--images-dir", tmp_path)
     assert "unrecognized arguments: --class" in refuse(*flags, "--class", "c*")
+
+
+def test_rings_that_only_overlap_are_not_in_one_another():
+    """As where a tool writes the parts of an object: 8 pixels in common, the smallest ring has 4."""
+    parts = [*polygon(0, 0, 6, 4), *polygon(4, 0, 6, 4), *polygon(0, 6, 2, 2)]
+    assert encode(parts, 10, 12)[2] is False
+    assert encode([*parts, *polygon(1, 1, 2, 2)], 10, 12)[2] is True

@@ -116,11 +116,15 @@ def draw_figure(image: Image.Image, kind: str, x: float, y: float, rng: Generato
 
 def annotate(kind: str, polygons: list, width: int, height: int) -> dict:
     """COCO's annotation of a figure or a crowd, but for the ids."""
-    encoded, crowd = rle.merge(rle.frPyObjects(polygons, height, width)), kind == "crowd"
+    parts, crowd = rle.frPyObjects(polygons, height, width), kind == "crowd"
+    encoded = rle.merge(parts)
     runs = {"size": [height, width], "counts": encoded["counts"].decode()}
+    # The share of each part that lies within each other one: all of a window, for example.
+    shares = rle.iou(parts, parts, [1] * len(parts)) - np.eye(len(parts))
+    outer = [polygon for polygon, share in zip(polygons, shares.max(axis=1)) if share < 1]
     return {
         "category_id": CATEGORIES["person" if crowd else kind],
-        "segmentation": runs if crowd else polygons,
+        "segmentation": runs if crowd else outer,
         "area": int(rle.area(encoded)),
         "bbox": rle.toBbox(encoded).tolist(),
         "iscrowd": int(crowd),
