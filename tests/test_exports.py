@@ -1311,7 +1311,7 @@ def test_a_flag_is_written_whole(tmp_path, refuse):
 
 
 def test_rings_that_only_overlap_are_not_in_one_another():
-    """As where a tool writes the parts of an object: 8 pixels in common, the smallest ring has 4."""
+    """As parts of an object that a tool writes: 8 pixels in common, the smallest ring has 4."""
     parts = [*polygon(0, 0, 6, 4), *polygon(4, 0, 6, 4), *polygon(0, 6, 2, 2)]
     assert encode(parts, 10, 12)[2] is False
     assert encode([*parts, *polygon(1, 1, 2, 2)], 10, 12)[2] is True
