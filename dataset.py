@@ -273,7 +273,10 @@ def load_image(manifest: Manifest, index: int, scale: int = 1) -> Tensor:
 def load_mask(manifest: Manifest, index: int) -> np.ndarray:
     """Mask (H, W) uint8. Raises UserError."""
     path = manifest.data / "masks_raw" / manifest.masks[index]
-    return read_mask(path, int(manifest.checksums[index]))
+    mask = read_mask(path, int(manifest.checksums[index]))
+    if mask.shape != tuple(manifest.sizes[index].tolist()):  # a checksum knows no shape
+        raise UserError(f"{path} is not of the manifest's size: run prepare_masks.py again")
+    return mask
 
 
 class EpochBatches(Sampler):

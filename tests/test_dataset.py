@@ -497,12 +497,16 @@ def test_a_changed_mask_is_named_with_the_file(data, tmp_path):
     shutil.copytree(data, copy)
     manifest = load_manifest(copy)
     path = copy / "masks_raw" / manifest.masks[3]
-    mask = np.array(Image.open(path))
+    before = np.array(Image.open(path))
+    mask = before.copy()
     mask[2, 2] = 77
     Image.fromarray(mask).save(path)
     for workers in (0, 1):
         with pytest.raises(UserError, match=rf"{path.name} is not the mask"):
             epoch_of(manifest, np.arange(8), workers=workers)
+    Image.fromarray(before.reshape(1, -1)).save(path)
+    with pytest.raises(UserError, match="is not of the manifest's size"):  # of the same checksum
+        load_mask(manifest, 3)
     Image.fromarray(mask).convert("RGB").save(path)
     with pytest.raises(UserError, match="is not the mask"):
         load_mask(manifest, 3)
