@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def square(args: argparse.Namespace) -> None:
 
 
 def sample(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
-    """Crops of one loader process. Baseline: torchvision's transforms of whole decoded images."""
+    """Crops of one loader process. Baseline: torchvision's transforms of whole decoded images. And
+    where albumentations is installed, which works with OpenCV, the same with it."""
     import torch
     from torchvision import tv_tensors
     from torchvision.transforms import v2
@@ -152,12 +154,26 @@ def sample(method: str, size: int, args: argparse.Namespace) -> Iterator[int]:
     jitter = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.03)
     transforms = [v2.RandomResizedCrop(size, **scales), v2.RandomHorizontalFlip(), jitter]
     transform = v2.Compose([v2.ToImage(), *transforms])
+    if method == "albumentations":
+        import albumentations as A
+        import cv2
+
+        cv2.setNumThreads(0)
+        crop = A.RandomResizedCrop((size, size), scale=(0.25, 1), ratio=(3 / 4, 4 / 3))
+        transform = A.Compose([crop, A.HorizontalFlip(), A.ColorJitter(0.3, 0.3, 0.3, 0.03, p=1)])
     yield len(indices)
     for index in indices:
         if method == "baseline":
             image = Image.open(manifest.root / manifest.files[index]).convert("RGB")
             mask = Image.open(manifest.data / "masks_raw" / manifest.masks[index])
             image, mask = transform(image, tv_tensors.Mask(np.array(mask)))
+        elif method == "albumentations":
+            image = cv2.imread(manifest.root / manifest.files[index])
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            path = manifest.data / "masks_raw" / manifest.masks[index]
+            mask = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
+            image, mask = map(torch.from_numpy, transform(image=image, mask=mask).values())
+            image = image.permute(2, 0, 1)
         else:
             image, mask = crops[0, index, index, 0]
         assert image.shape[1:] == mask.shape == (size, size)
@@ -312,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
             args.data = str(Path(args.work, "square", "data"))
         for value in getattr(args, flag):
             methods = ["baseline", *ours]
+            if stage is sample and find_spec("albumentations"):
+                methods.append("albumentations")
             if stage in (masks, index):
                 alone(repeat_images, args.coco_root, args.split, value, Path(args.work, str(value)))
             runs = [[alone(measure, stage, m, value, args) for m in methods] for _ in repeats]
